@@ -1,0 +1,1 @@
+"""Data-parallel training of AlexNet with Horovod: train, evaluate, measure. Knows batches, and nothing of tar files."""

@@ -1,0 +1,155 @@
+"""Speed of the training step alone, on images that lie on the device: the subjects `compute` and `train` of job.bench.
+
+In: a recipe, a batch a rank. Out: images/s. `compute` leaves out communication; `train`, under horovodrun, is all ranks
+with the allreduce, beside the same step without it, measured in turns in one run.
+"""
+
+import statistics
+import time
+
+DESCRIPTION = (
+    "Images/s of the training step on synthetic images that lie on the device, reading left out. Start it under "
+    "horovodrun to measure all ranks with the allreduce, beside the same step without it."
+)
+
+
+def add_options(parser) -> None:
+    """The command line of this subject."""
+    parser.add_argument("--recipe", default="paper", metavar="NAME", help="recipe in job/recipes, or a YAML file")
+    parser.add_argument("--batch", type=int, default=128, metavar="N", help="images a rank")
+    parser.add_argument("--image-size", type=int, default=0, metavar="PX", help="0: that of the recipe")
+    parser.add_argument("--classes", type=int, default=1000, metavar="N")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--parallel", choices=("gradients", "weights"), default="gradients")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of them; the median counts")
+    parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before the first measurement")
+
+
+def measure(arguments) -> dict | None:
+    """Measure on all ranks; rank 0 returns the fields of the JSON object.
+
+    Raises:
+        InputError: a value that no measurement can have, or no GPU where one is wanted.
+    """
+    from job import config
+    from shards.cli import InputError
+
+    for name in ("batch", "classes", "steps", "rounds"):
+        if getattr(arguments, name) < 1:
+            raise InputError(f"--{name} is {getattr(arguments, name)}; it must be 1 or more")
+    values = config.read_flat(config.recipe_path(arguments.recipe))
+    values.update({"data": "none", "model.classes": arguments.classes, "precision": arguments.precision})
+    if arguments.image_size:
+        values["image-size"] = arguments.image_size
+    settings = config.from_flat(values)
+    config.check(settings)
+
+    import horovod.torch as hvd
+    import torch
+
+    from job.bench_loader import cpu_name, versions
+    from job.ranks import pick_device
+
+    device = pick_device(arguments.device)
+    together = arguments.subject == "train" and hvd.size() > 1
+    alone_step = make_step(settings, arguments.batch, "alone", device)
+    steps = {"alone": alone_step}
+    if together:
+        steps["together"] = make_step(settings, arguments.batch, arguments.parallel, device)
+    rates: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        for _ in range(arguments.warmup):
+            step()
+    for _ in range(arguments.rounds):
+        for name, step in steps.items():
+            hvd.barrier()
+            rates[name].append(timed(step, arguments.steps, device) * arguments.batch)
+    # Ranks without communication do not wait for each other: the slowest counts.
+    sums = hvd.allgather_object(rates, name="bench_rates")
+    if hvd.rank():
+        return None
+    rounds = {name: [hvd.size() * min(r[name][i] for r in sums) for i in range(arguments.rounds)] for name in rates}
+    main = "together" if together else "alone"
+    result = {
+        "subject": arguments.subject,
+        "images_per_second": statistics.median(rounds[main]),
+        "rounds": rounds[main],
+        "ranks": hvd.size(),
+        "batch": arguments.batch,
+        "recipe": arguments.recipe,
+        "image_size": settings.image_size,
+        "precision": arguments.precision,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "versions": versions(),
+    }
+    if together:
+        result["parallel"] = arguments.parallel
+        result["images_per_second_without_allreduce"] = statistics.median(rounds["alone"])
+        result["efficiency"] = result["images_per_second"] / result["images_per_second_without_allreduce"]
+    return result
+
+
+def make_step(settings, batch: int, parallel: str, device):
+    """A function that makes one training step of a network of its own on `batch` random images."""
+    import torch
+    import torch.nn.functional as F
+
+    from job.model import build
+    from job.optim import MomentumSGD, parameter_groups
+    from job.parallel import make_strategy
+
+    model = build(settings).to(device).train()
+    optimizer = MomentumSGD(parameter_groups(model, settings.optim), settings.optim.lr, settings.optim.momentum)
+    strategy = None if parallel == "alone" else make_strategy(parallel, model, optimizer, 1)
+    side = settings.image_size
+    images = 60 * torch.randn(batch, 3, side, side, device=device)  # about the spread of pixels less their mean
+    labels = torch.randint(settings.model.classes, (batch,), device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            loss = F.cross_entropy(model(images), labels)
+        if strategy is None:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        else:
+            strategy.backward(loss)
+            strategy.communicate()
+            strategy.update()
+            strategy.after_update(0)
+
+    return step
+
+
+def timed(step, count: int, device) -> float:
+    """Steps a second over `count` steps, the device's queue empty before and after."""
+    import torch
+
+    def drain() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    drain()
+    began = time.perf_counter()
+    for _ in range(count):
+        step()
+    drain()
+    return count / (time.perf_counter() - began)
+
+
+def text(result: dict) -> str:
+    """The result for a reader."""
+    low, high = min(result["rounds"]), max(result["rounds"])
+    lines = [
+        f"{result['recipe']} at {result['image_size']} px, {result['precision']}, "
+        f"{result['ranks']} x {result['batch']} images a step, {result['device']}",
+        f"{result['images_per_second']:,.1f} images/s (rounds {low:,.1f} to {high:,.1f})",
+    ]
+    if "efficiency" in result:
+        lines.append(
+            f"without the allreduce {result['images_per_second_without_allreduce']:,.1f} images/s: efficiency "
+            f"{result['efficiency']:.1%}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,203 @@
+"""Checkpoints of a run: written in the background by rank 0, verified before they are used.
+
+In: named tensors and a step. Out: `checkpoints/step-00001234.pt` with its sha256 beside it, `best.pt` for the best
+validation; nothing in them needs unpickling of more than tensors and plain values.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import torch
+
+from shards.cli import InputError
+from shards.split import sync_folder, write_whole
+
+_NAME = re.compile(r"step-(\d{8,})\.pt")
+_FILE = re.compile(r"(step-\d{8,}\.pt)(\.sha256)?(.*\.tmp)?")
+FORMAT = 1
+
+
+def checkpoint_path(folder: str, step: int) -> str:
+    return os.path.join(folder, f"step-{step:08d}.pt")
+
+
+def digest(path: str) -> str:
+    """sha256 of a file, as hexadecimal text."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_checkpoints(folder: str) -> list[tuple[int, str]]:
+    """(step, path) of the checkpoints in a folder, newest first."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    steps = sorted(((int(m[1]), name) for name in names if (m := _NAME.fullmatch(name))), reverse=True)
+    return [(step, os.path.join(folder, name)) for step, name in steps]
+
+
+def fault(path: str) -> str:
+    """Why a checkpoint cannot be trusted, or an empty text: it must match the sha256 written beside it."""
+    try:
+        with open(f"{path}.sha256", encoding="ascii") as file:
+            wanted = file.read().split()[0]
+        return "" if digest(path) == wanted else "its sha256 does not match: it is damaged or half written"
+    except (OSError, IndexError, UnicodeDecodeError) as error:
+        return f"it cannot be verified: {error}"
+
+
+def newest_good(folder: str, warn: Callable[[str], None]) -> str:
+    """Path of the newest checkpoint that verifies, or an empty text; `warn` is told of each that was passed over."""
+    for _, path in list_checkpoints(folder):
+        reason = fault(path)
+        if not reason:
+            return path
+        warn(f"passed over the checkpoint {path}: {reason}")
+    return ""
+
+
+def find(path: str) -> str:
+    """The checkpoint that a user names: a file, or the newest good one of a run directory.
+
+    Raises:
+        InputError: the run directory has none.
+    """
+    if not os.path.isdir(path):
+        return path
+    folder = os.path.join(path, "checkpoints")
+    found = newest_good(folder, lambda text: print(f"warning: {text}", file=sys.stderr))
+    if not found:
+        raise InputError(f"no checkpoint in {folder}; give a run directory of job.train or a .pt file")
+    return found
+
+
+def load(path: str) -> dict[str, Any]:
+    """Content of a checkpoint, tensors on the CPU.
+
+    Raises:
+        InputError: not there, damaged, or not a checkpoint of this project.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"no checkpoint {path}")
+    if os.path.exists(f"{path}.sha256") and (reason := fault(path)):
+        raise InputError(f"cannot use the checkpoint {path}: {reason}; give an older one of the same folder")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != FORMAT:
+            raise ValueError(f"format {state['format']}")
+        for name in ("step", "model", "velocity", "config", "data", "mean", "classes"):
+            state[name]
+    except Exception as error:  # torch.load raises errors of many kinds on damaged files
+        reason = str(error).split("\n")[0][:200]
+        raise InputError(f"{path} is not a checkpoint of job.train that can be read: {reason}") from None
+    return state
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread of its own; training goes on with the next step meanwhile.
+
+    A write that fails (disk full, folder gone) does not end the run: it is told to `warn`, counted in `failures`, and
+    leaves the older checkpoints as they are. `last_failed` says whether the newest was such a one.
+    """
+
+    def __init__(self, folder: str, keep: int, warn: Callable[[str], None]):
+        self.folder = folder
+        self.keep = keep
+        self.warn = warn
+        self.failures = 0
+        self.last_failed = False
+        self._thread: threading.Thread | None = None
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def save(self, step: int, state: dict[str, Any], best: bool) -> None:
+        """Take a copy of `state` (a dict of tensors, plain values and dicts of them) and write it behind the scenes."""
+        self.wait()
+        snapshot = _snapshot({"format": FORMAT, "step": step, **state}, self._kept)
+        self._thread = threading.Thread(target=self._write, args=(step, snapshot, best), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when the write in progress, if any, has ended."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, step: int, snapshot: dict[str, Any], best: bool) -> None:
+        path = checkpoint_path(self.folder, step)
+        temporary = f"{path}.tmp"
+        try:
+            # Training comes first where cores are few. On Linux a thread has a priority of its own.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+            if not all(torch.isfinite(tensor).all() for tensor in snapshot["model"].values()):
+                raise ValueError("the weights are not finite")
+            with open(temporary, "wb") as file:
+                digesting = _Digesting(file)
+                torch.save(snapshot, digesting)
+                file.flush()
+                os.fsync(file.fileno())
+            # The digest first: a checkpoint under its final name always has one.
+            write_whole(f"{path}.sha256", f"{digesting.sha256.hexdigest()}  {os.path.basename(path)}\n".encode())
+            os.replace(temporary, path)
+            sync_folder(self.folder)
+            if best:
+                self._keep_as_best(path)
+            self._remove_old()
+            self.last_failed = False
+        except Exception as error:  # whatever it is, training must go on and the user must know
+            self.failures += 1
+            self.last_failed = True
+            self.warn(f"checkpoint of step {step} was not written to {self.folder}: {error}")
+            with contextlib.suppress(OSError):  # a folder that takes nothing any more
+                for leftover in (temporary, *([] if os.path.exists(path) else [f"{path}.sha256"])):
+                    if os.path.exists(leftover):
+                        os.unlink(leftover)
+
+    def _keep_as_best(self, path: str) -> None:
+        best = os.path.join(self.folder, "best.pt")
+        for source, target in ((path, best), (f"{path}.sha256", f"{best}.sha256")):
+            temporary = f"{target}.tmp"
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+            try:
+                os.link(source, temporary)  # a second name costs nothing
+            except OSError:  # a file system without hard links
+                shutil.copyfile(source, temporary)
+            os.replace(temporary, target)
+
+    def _remove_old(self) -> None:
+        """Keep the newest; remove the others, and what a write that was killed has left."""
+        kept = {os.path.basename(path) for _, path in list_checkpoints(self.folder)[: self.keep]}
+        for name in os.listdir(self.folder):
+            if (m := _FILE.fullmatch(name)) and (m[1] not in kept or m[3]):
+                os.unlink(os.path.join(self.folder, name))
+
+
+class _Digesting:
+    """A file that is written from front to back, and the sha256 of what was written."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _snapshot(value: Any, kept: dict[str, torch.Tensor], name: str = "") -> Any:
+    """Copy of a state, its tensors in the memory of `kept`: new memory costs more than the copy (page faults)."""
+    if isinstance(value, torch.Tensor):
+        if name not in kept:
+            kept[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        return kept[name].copy_(value.detach())
+    if isinstance(value, dict):
+        return {key: _snapshot(item, kept, f"{name}/{key}") for key, item in value.items()}
+    return value

@@ -1,0 +1,262 @@
+"""The settings of a training run: what there is, where each value comes from, and how it is written down.
+
+In: a recipe (YAML, flat keys such as `optim.lr`) and the command line, which wins over the recipe, which wins over the
+defaults below. Out: a `Config`, and the flat dictionary that `config.yaml` and every checkpoint hold.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from shards.cli import InputError, Parser, nearest
+
+RECIPES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "recipes")
+
+
+def setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Model:
+    lrn: Literal["after-pool", "before-pool", "none"] = setting("after-pool", "place of local response normalisation")
+    dropout: float = setting(0.5, "probability with which fc6 and fc7 outputs are dropped")
+    width: float = setting(1.0, "factor on the channels of every hidden layer")
+    classes: int = setting(0, "number of classes; 0: as many as the shards name")
+
+
+@dataclass
+class Optim:
+    lr: float = setting(0.01, "learning rate of weights, before the schedule")
+    momentum: float = setting(0.9, "momentum of SGD")
+    weight_decay: float = setting(5e-4, "weight decay on weights; biases have none")
+    bias_lr: float = setting(2.0, "factor on the learning rate for biases")
+    schedule: Literal["step", "cosine", "constant"] = setting("step", "how the learning rate falls")
+    step_epochs: int = setting(20, "schedule step: epochs between two drops")
+    step_factor: float = setting(0.1, "schedule step: factor of one drop")
+    warmup_epochs: float = setting(0.0, "epochs in which the rate rises linearly from near 0 to optim.lr")
+
+
+@dataclass
+class Data:
+    mirror: bool = setting(True, "mirror half of the training images, chosen at random")
+    random_crop: bool = setting(True, "crop training images at a random place; false: the centre")
+    window: int = setting(1024, "samples of a stream that are shuffled together; reads stay within it")
+    streams: int = setting(64, "canonical streams that an epoch is cut into; best a multiple of the ranks")
+    max_bad_fraction: float = setting(1e-3, "share of undecodable samples above which the run fails")
+
+
+@dataclass
+class Metrics:
+    textfile: str = setting("", "file for the textfile collector of Prometheus' node_exporter, say DIR/train.prom")
+
+
+@dataclass
+class Config:
+    """Every setting of a run. Option names have dashes: `max_steps` is `--max-steps`, `optim.lr` is `--optim.lr`."""
+
+    recipe: str = setting("paper", "recipe: a name in job/recipes or a YAML file")
+    data: str = setting("", "folder of shards that shards.pack or shards.index made; synthetic: noise, to time a run")
+    out: str = setting("", "run directory; default runs/<recipe>")
+    epochs: int = setting(65, "epochs to train")
+    max_steps: int = setting(0, "stop after this many steps, even inside an epoch; 0: no limit")
+    global_batch: int = setting(256, "images a step, over all ranks")
+    seed: int = setting(1, "seed of initial weights, data order, crops, mirroring and dropout")
+    workers: int = setting(-1, "reader processes a rank; -1: from the cores given to the job; 0: read in the rank")
+    parallel: Literal["gradients", "weights"] = setting(
+        "gradients", "what the ranks average: gradients before, or weights and momenta after the update"
+    )
+    average_every: int = setting(1, "parallel weights: steps between two averages")
+    resume: str = setting("auto", "auto: newest good checkpoint of the run directory; none: start anew; or a file")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU for each rank where there is one")
+    precision: Literal["fp32", "bf16"] = setting("fp32", "bf16: autocast to bfloat16, weights stay fp32")
+    image_size: int = setting(227, "side of the square that is cropped for the network, in pixels; 67 or more")
+    checkpoint_every: int = setting(0, "steps between checkpoints; 0: after validation and at the end only")
+    checkpoint_keep: int = setting(3, "newest checkpoints that are kept, besides the best one")
+    eval_every: int = setting(1, "epochs between validations; 0: none, and no validation shards are needed")
+    log_every: int = setting(20, "steps between two lines of metrics")
+    timeline: bool = setting(False, "write Horovod's timeline to timeline.json of the run directory (chrome://tracing)")
+    profile: int = setting(0, "steps of rank 0 to trace with torch's profiler, into profile.json of the run directory")
+    model: Model = field(default_factory=Model)
+    optim: Optim = field(default_factory=Optim)
+    stream: Data = field(default_factory=Data, metadata={"prefix": "data"})
+    metrics: Metrics = field(default_factory=Metrics)
+
+
+# Settings that may differ between a run and its continuation: none of them changes what is computed at a given step.
+MAY_CHANGE = frozenset(
+    "recipe data out epochs max-steps workers resume device checkpoint-every checkpoint-keep eval-every log-every "
+    "timeline profile metrics.textfile data.max-bad-fraction".split()
+)
+
+
+def _leaves() -> dict[str, tuple[str, dataclasses.Field]]:
+    """Option name -> (group attribute or "", field), in the order of the help."""
+    leaves = {}
+    for outer in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(outer.type):
+            prefix = outer.metadata.get("prefix", outer.name)
+            for inner in dataclasses.fields(outer.type):
+                leaves[f"{prefix}.{inner.name}".replace("_", "-")] = (outer.name, inner)
+        else:
+            leaves[outer.name.replace("_", "-")] = ("", outer)
+    return leaves
+
+
+LEAVES = _leaves()
+
+
+def convert(name: str, value: Any, where: str) -> Any:
+    """`value`, from YAML or the command line, as the type of setting `name`. Raises InputError naming `where`."""
+    kind = LEAVES[name][1].type
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise InputError(f"{where}: {name} is {value!r}; it is one of {', '.join(choices)}")
+        return value
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if kind is int:
+            if isinstance(value, float) and not value.is_integer() or isinstance(value, bool):
+                raise ValueError
+            return int(value)
+        if value is None or isinstance(value, bool | list | dict):
+            raise ValueError
+        return kind(value)  # float also takes YAML's strings such as 1e-3
+    except (KeyError, TypeError, ValueError):
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+        raise InputError(f"{where}: {name} is {value!r}; it must be {wanted}") from None
+
+
+def read_flat(path: str) -> dict[str, Any]:
+    """Settings of a recipe or of a run's config.yaml: flat keys, dashes or underscores, values of the right type.
+
+    Raises:
+        InputError: unreadable file, or a key that no setting has (the nearest one is named).
+    """
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            fields = yaml.safe_load(file) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{path} must hold lines such as `optim.lr: 0.01`")
+    values = {}
+    for key, value in fields.items():
+        name = str(key).replace("_", "-")
+        if name not in LEAVES:
+            raise InputError(f"{path}: unknown setting {key}{nearest(name, list(LEAVES))}")
+        values[name] = convert(name, value, path)
+    return values
+
+
+def recipe_path(recipe: str) -> str:
+    """File of a recipe given by name or by path. Raises InputError with the names that there are."""
+    if recipe.endswith((".yaml", ".yml")):
+        if not os.path.isfile(recipe):
+            raise InputError(f"no recipe file {recipe}")
+        return recipe
+    names = sorted(entry.removesuffix(".yaml") for entry in os.listdir(RECIPES) if entry.endswith(".yaml"))
+    if recipe not in names:
+        close = difflib.get_close_matches(recipe, names, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise InputError(f"no recipe {recipe!r}; {hint}there are {', '.join(names)}, or give a .yaml file")
+    return os.path.join(RECIPES, f"{recipe}.yaml")
+
+
+def parser(prog: str, description: str) -> Parser:
+    """Parser with one option for each setting; options that are not given are absent from the result."""
+    result = Parser(
+        prog=prog,
+        description=description,
+        argument_default=argparse.SUPPRESS,
+        epilog="Values come from the recipe unless given here; defaults shown are those where the recipe is silent.",
+    )
+    for name, (_, leaf) in LEAVES.items():
+        kind = leaf.type
+        metavar = {int: "N", float: "X", bool: "true|false", str: "TEXT"}.get(kind) or "|".join(typing.get_args(kind))
+        default = "" if leaf.default == "" else f" [{str(leaf.default).lower()}]"
+        # Given once as typed, and converted by `convert`, so that recipe and command line have the same errors.
+        text = leaf.metadata["help"].replace("%", "%%") + default
+        bare = {"nargs": "?", "const": "true"} if kind is bool else {}
+        result.add_argument(f"--{name}", dest=name, metavar=metavar, help=text, **bare)
+    return result
+
+
+def parse(arguments: list[str] | None, prog: str, description: str) -> Config:
+    """The run's settings: defaults, then the recipe, then `arguments`. Raises InputError."""
+    given = vars(parser(prog, description).parse_args(arguments))
+    given = {name: convert(name, value, "command line") for name, value in given.items()}
+    values = read_flat(recipe_path(given.get("recipe", Config().recipe)))
+    values.update(given)
+    config = from_flat(values)
+    if not config.out:
+        config.out = os.path.join("runs", os.path.basename(config.recipe).removesuffix(".yaml"))
+    check(config)
+    return config
+
+
+def from_flat(values: dict[str, Any]) -> Config:
+    """Config with the settings of `values` (flat names); the rest are defaults."""
+    config = Config()
+    for name, value in values.items():
+        group, leaf = LEAVES[name]
+        setattr(getattr(config, group) if group else config, leaf.name, value)
+    return config
+
+
+def to_flat(config: Config) -> dict[str, Any]:
+    """Flat dictionary of every setting, resolved, as config.yaml holds it."""
+    return {
+        name: getattr(getattr(config, group) if group else config, leaf.name) for name, (group, leaf) in LEAVES.items()
+    }
+
+
+def check(config: Config) -> None:
+    """Raise InputError for a value that no run can have."""
+    if not config.data:
+        raise InputError("--data is missing: give the folder of shards that python -m shards.pack wrote")
+    limits = [
+        ("image-size", config.image_size >= 67, "67 or more: smaller images do not survive the layers"),
+        ("global-batch", config.global_batch >= 1, "1 or more"),
+        ("epochs", config.epochs >= 1, "1 or more"),
+        ("max-steps", config.max_steps >= 0, "0 or more"),
+        ("workers", config.workers >= -1, "-1 or more"),
+        ("seed", 0 <= config.seed < 2**63, "between 0 and 2**63 - 1"),
+        ("average-every", config.average_every >= 1, "1 or more"),
+        ("checkpoint-every", config.checkpoint_every >= 0, "0 or more"),
+        ("checkpoint-keep", config.checkpoint_keep >= 1, "1 or more"),
+        ("eval-every", config.eval_every >= 0, "0 or more"),
+        ("log-every", config.log_every >= 1, "1 or more"),
+        ("profile", config.profile >= 0, "0 or more"),
+        ("model.dropout", 0 <= config.model.dropout < 1, "from 0 to below 1"),
+        ("model.width", 0 < config.model.width <= 16, "above 0, up to 16"),
+        ("model.classes", config.model.classes >= 0, "0 or more"),
+        ("optim.lr", 0 <= config.optim.lr < float("inf"), "0 or more"),
+        ("optim.momentum", 0 <= config.optim.momentum < 1, "from 0 to below 1"),
+        ("optim.weight-decay", 0 <= config.optim.weight_decay < float("inf"), "0 or more"),
+        ("optim.step-epochs", config.optim.step_epochs >= 1, "1 or more"),
+        ("optim.warmup-epochs", 0 <= config.optim.warmup_epochs < float("inf"), "0 or more"),
+        ("data.window", config.stream.window >= 1, "1 or more"),
+        ("data.streams", config.stream.streams >= 1, "1 or more"),
+        ("data.max-bad-fraction", 0 <= config.stream.max_bad_fraction <= 1, "from 0 to 1"),
+    ]
+    for name, good, wanted in limits:
+        if not good:
+            raise InputError(f"--{name} is {to_flat(config)[name]}; it must be {wanted}")
+
+
+def write_yaml(values: dict[str, Any], path: str) -> None:
+    """Write flat settings as YAML, in the order of the help."""
+    import yaml
+
+    from shards.split import write_whole
+
+    write_whole(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())

@@ -1,0 +1,98 @@
+"""Export of a trained network for other frameworks: ONNX, or safetensors.
+
+In: a checkpoint of job.train. Out: an .onnx file that takes RGB pixels 0..255 and subtracts the mean image itself, or a
+.safetensors file of the weights with what is needed to use them in its metadata.
+"""
+
+import argparse
+import json
+import logging
+import os
+import warnings
+
+from shards.cli import InputError, Parser, run
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="python -m job.export", description="Export a trained network for other frameworks.")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint file, or run directory (its newest)")
+    parser.add_argument("--format", required=True, choices=("onnx", "safetensors"))
+    parser.add_argument("--out", required=True, metavar="FILE", help="file to write")
+    return parser.parse_args(arguments)
+
+
+def export_onnx(state: dict, path: str) -> None:
+    """Write an ONNX graph: `pixels` (N, 3, S, S) float32 RGB 0..255, centre crop -> `scores` (N, classes)."""
+    import torch
+
+    from job.config import from_flat
+    from job.model import build
+
+    # The exporter tells of packages and of PyTorch's internals that do not concern this network.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"{error.name} is not installed; pip install -e '.[export]'") from None
+    config = from_flat(state["config"])
+    model = build(config)
+    model.load_state_dict(state["model"])
+
+    class FromPixels(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = model
+            self.register_buffer("mean", state["mean"])
+
+        def forward(self, pixels):
+            return self.network(pixels - self.mean)
+
+    example = torch.zeros(2, 3, config.image_size, config.image_size)
+    torch.onnx.export(
+        FromPixels().eval(),
+        (example,),
+        path,
+        input_names=["pixels"],
+        output_names=["scores"],
+        dynamic_shapes={"pixels": {0: torch.export.Dim("images", min=1)}},
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+
+
+def export_safetensors(state: dict, path: str) -> None:
+    """Write weights under their names in job.model, `mean` (3, S, S), and settings and class names as metadata."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise InputError(f"{error.name} is not installed; pip install -e '.[export]'") from None
+    metadata = {"config": json.dumps(state["config"]), "classes": json.dumps(state["classes"])}
+    save_file({**state["model"], "mean": state["mean"]}, path, metadata={"format": "pt", **metadata})
+
+
+def main() -> None:
+    options = parse()
+    folder = os.path.dirname(os.path.abspath(options.out))
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write {options.out}: {folder} is no folder that can be written")
+    from job import checkpoint
+
+    path = checkpoint.find(options.checkpoint)
+    state = checkpoint.load(path)
+    temporary = f"{options.out}.{os.getpid()}.tmp"
+    try:
+        {"onnx": export_onnx, "safetensors": export_safetensors}[options.format](state, temporary)
+        os.replace(temporary, options.out)
+    except OSError as error:
+        raise InputError(f"cannot write {options.out}: {error.strerror or error}") from None
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+    print(f"{path} -> {options.out}, {os.path.getsize(options.out) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,119 @@
+"""AlexNet, layer by layer as Krizhevsky et al. (NIPS 2012) and theano_alexnet (arXiv:1412.2302) define it.
+
+In: float images (N, 3, S, S), S at least 67. Out: class scores (N, classes). Plain PyTorch, readable against the paper.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from job.config import Config
+
+LRN_SIZE = 5  # channels that normalise one another
+LRN_K = 2.0
+LRN_ALPHA = 1e-4  # factor of the sum over LRN_SIZE channels
+LRN_BETA = 0.75
+
+
+def lrn(x: Tensor) -> Tensor:
+    """Local response normalisation over channels: x / (2 + 1e-4 * sum of 5 channels' x^2)^0.75. (N, C, H, W) -> same.
+
+    Krizhevsky et al., section 3.3. PyTorch's alpha multiplies the mean of the channels, not their sum.
+    """
+    return F.local_response_norm(x, LRN_SIZE, alpha=LRN_ALPHA * LRN_SIZE, beta=LRN_BETA, k=LRN_K)
+
+
+def pool(x: Tensor) -> Tensor:
+    """Overlapping max-pooling, 3x3 windows two apart; a rest that fills no window is left out."""
+    return F.max_pool2d(x, kernel_size=3, stride=2)
+
+
+def feature_size(image_size: int) -> int:
+    """Side of the last pool's output for square images of `image_size` pixels: 6 at 227, 1 at 67."""
+    after_conv1 = (image_size - 11) // 4 + 1
+    pooled = after_conv1
+    for _ in range(3):  # pools after layers 1, 2 and 5; the other convolutions keep the size
+        pooled = (pooled - 3) // 2 + 1
+    return pooled
+
+
+class AlexNet(nn.Module):
+    """AlexNet with its two column groups in layers 2, 4 and 5.
+
+    Args:
+        classes: outputs of fc8.
+        image_size: side of the input images in pixels; it sets the inputs of fc6.
+        lrn_place: "after-pool" (theano_alexnet), "before-pool" (the article) or "none".
+        dropout: probability with which an output of fc6 and fc7 is zeroed in training.
+        width: factor on the channels of every hidden layer (1: the published network).
+    """
+
+    def __init__(
+        self,
+        classes: int = 1000,
+        image_size: int = 227,
+        lrn_place: str = "after-pool",
+        dropout: float = 0.5,
+        width: float = 1.0,
+    ):
+        super().__init__()
+
+        def channels(published: int) -> int:
+            return max(2, 2 * round(published * width / 2))  # even: two groups
+
+        c1, c2, c3, c4, c5, hidden = map(channels, (96, 256, 384, 384, 256, 4096))
+        self.conv1 = nn.Conv2d(3, c1, 11, stride=4)  # 227 -> 55
+        self.conv2 = nn.Conv2d(c1, c2, 5, padding=2, groups=2)  # 27 -> 27
+        self.conv3 = nn.Conv2d(c2, c3, 3, padding=1)  # 13 -> 13
+        self.conv4 = nn.Conv2d(c3, c4, 3, padding=1, groups=2)  # 13 -> 13
+        self.conv5 = nn.Conv2d(c4, c5, 3, padding=1, groups=2)  # 13 -> 13
+        self.fc6 = nn.Linear(c5 * feature_size(image_size) ** 2, hidden)  # 9216 -> 4096
+        self.fc7 = nn.Linear(hidden, hidden)
+        self.fc8 = nn.Linear(hidden, classes)
+        self.lrn_place = lrn_place
+        self.dropout = dropout
+        self.width = width
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Weights from N(0, 0.01), fc6 and fc7 from N(0, 0.005); biases 0.1 in conv 2, 4, fc 6, 7, else 0.
+
+        In a network of another width, a unit with w times the published inputs gets weights of 1/sqrt(w) times the
+        published spread, so that signals keep their size; narrow networks would not start to learn without.
+        """
+        for name, layer in self.named_children():
+            spread = 0.005 if name in ("fc6", "fc7") else 0.01
+            layer.weight.normal_(0, spread if name == "conv1" else spread / math.sqrt(self.width))
+            layer.bias.fill_(0.1 if name in ("conv2", "conv4", "fc6", "fc7") else 0.0)
+
+    def pool_and_normalise(self, x: Tensor) -> Tensor:
+        if self.lrn_place == "before-pool":
+            return pool(lrn(x))
+        return lrn(pool(x)) if self.lrn_place == "after-pool" else pool(x)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, 3, 227, 227)
+        x = self.pool_and_normalise(F.relu(self.conv1(x)))  # (N, 96, 27, 27)
+        x = self.pool_and_normalise(F.relu(self.conv2(x)))  # (N, 256, 13, 13)
+        x = F.relu(self.conv3(x))  # (N, 384, 13, 13)
+        x = F.relu(self.conv4(x))  # (N, 384, 13, 13)
+        x = pool(F.relu(self.conv5(x)))  # (N, 256, 6, 6)
+        x = x.flatten(1)  # (N, 9216)
+        x = F.dropout(F.relu(self.fc6(x)), self.dropout, self.training)
+        x = F.dropout(F.relu(self.fc7(x)), self.dropout, self.training)
+        return self.fc8(x)  # (N, classes)
+
+
+def build(config: Config) -> AlexNet:
+    """The network of a run's settings, with initial weights drawn from its seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return AlexNet(
+            config.model.classes,
+            config.image_size,
+            config.model.lrn,
+            config.model.dropout,
+            config.model.width,
+        )

@@ -1,0 +1,72 @@
+"""SGD with momentum as AlexNet's authors define it, and the learning rate of every step.
+
+In: parameters with gradients, the step's learning rate. Out: updated parameters, in place.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from job.config import Optim
+
+BIAS_SUFFIX = "bias"
+
+
+class MomentumSGD(torch.optim.Optimizer):
+    """v <- momentum * v - lr * lr_factor * (g + weight_decay * w);  w <- w + v.
+
+    Krizhevsky et al., section 5. Unlike torch.optim.SGD, the rate is inside the velocity v: after the rate drops, v
+    still carries the steps that were made at the old one.
+    """
+
+    def __init__(
+        self, params, lr: float = 0.01, momentum: float = 0.9, weight_decay: float = 0.0, lr_factor: float = 1.0
+    ):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, lr_factor=lr_factor))
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            velocities = [self.velocity(p) for p in params]
+            rate = group["lr"] * group["lr_factor"]
+            torch._foreach_mul_(velocities, group["momentum"])
+            torch._foreach_add_(velocities, [p.grad for p in params], alpha=-rate)
+            if group["weight_decay"]:
+                torch._foreach_add_(velocities, params, alpha=-rate * group["weight_decay"])
+            torch._foreach_add_(params, velocities)
+
+    def velocity(self, param: torch.Tensor) -> torch.Tensor:
+        """The velocity of a parameter, zero before its first update."""
+        state = self.state[param]
+        if "velocity" not in state:
+            state["velocity"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
+        return state["velocity"]
+
+
+def parameter_groups(model: nn.Module, optim: Optim) -> list[dict]:
+    """Two groups: weights with decay; biases with none and `bias_lr` times the rate (the authors' lr_mult 2)."""
+    named = list(model.named_parameters())
+    return [
+        {"params": [p for n, p in named if not n.endswith(BIAS_SUFFIX)], "weight_decay": optim.weight_decay},
+        {"params": [p for n, p in named if n.endswith(BIAS_SUFFIX)], "weight_decay": 0.0, "lr_factor": optim.bias_lr},
+    ]
+
+
+def learning_rate(optim: Optim, step: int, global_batch: int, nsamples: int, total_steps: int) -> float:
+    """Learning rate of weights in `step` (0-based) of a run of `total_steps`; an epoch is `nsamples` images."""
+    epoch = step * global_batch / nsamples
+    if epoch < optim.warmup_epochs:  # Goyal et al. 2017, section 2.2: linear from near 0
+        return optim.lr * (epoch + global_batch / nsamples) / (optim.warmup_epochs + global_batch / nsamples)
+    if optim.schedule == "step":
+        # In whole numbers: a drop falls on the first step that starts in its epoch.
+        drops = step * global_batch // nsamples // optim.step_epochs
+        return optim.lr * optim.step_factor**drops
+    warmup_steps = optim.warmup_epochs * nsamples / global_batch
+    done = min(1.0, (step - warmup_steps) / max(1.0, total_steps - warmup_steps))
+    if optim.schedule == "cosine":
+        return optim.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return optim.lr

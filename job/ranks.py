@@ -1,0 +1,175 @@
+"""This process among its ranks: its device and threads, what it shares with the others, and how it leaves.
+
+In: Horovod, initialised. Out: the rank's device, small sums over ranks that cost no waiting, exit codes of the job.
+"""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from shards.cli import EXIT_BAD_INPUT, EXIT_STOPPED, InputError
+
+try:
+    import horovod.torch as hvd
+    import torch
+    from horovod.common.exceptions import HorovodInternalError
+
+    from job import heartbeat
+except ImportError as error:
+    reason = str(error).splitlines()[0]
+    raise InputError(f"cannot load Horovod and torch ({reason}); bash slurm/install.sh sets them up") from None
+
+# Seconds that a rank which lost the others waits for its launcher to end it, before it speaks up itself.
+LAUNCHER_GRACE = 20
+
+
+class Stopped(Exception):
+    """Training was asked to stop; the checkpoint is written."""
+
+
+class Failed(Exception):
+    """The run cannot go on, or has not kept all that it should have; the message says what the user must know."""
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of this rank: GPU number local_rank, or the CPU with this rank's share of the cores.
+
+    Raises:
+        InputError: `cuda` is wanted and there is no GPU for this rank.
+    """
+    gpus = torch.cuda.device_count()
+    if wanted == "cuda" and gpus <= hvd.local_rank():
+        found = f"{gpus} GPU{'s' * (gpus != 1)} visible on {socket.gethostname()}"
+        raise InputError(
+            f"--device cuda: {found}, {hvd.local_size()} ranks there; start one rank a GPU, or use --device cpu"
+        )
+    if wanted != "cpu" and gpus > hvd.local_rank():
+        torch.cuda.set_device(hvd.local_rank())
+        return torch.device("cuda", hvd.local_rank())
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // hvd.local_size()))
+    return torch.device("cpu")
+
+
+class StepReports:
+    """A few numbers of every step, averaged over the ranks one step late, so that no rank waits for them.
+
+    All ranks get the same average for the same step: what they decide by it (to stop, to give up) they decide together.
+    """
+
+    def __init__(self) -> None:
+        self._handle: int | None = None
+        self._tag: Any = None
+
+    def exchange(self, tag: Any, values: list[float]) -> tuple[Any, list[float]] | None:
+        """Send off this step's `values`; return (tag, averages) of the step before, None at the first."""
+        before = self.collect()
+        self._tag = tag
+        report = torch.tensor(values, dtype=torch.float64)
+        self._handle = hvd.allreduce_async_(report, name="step_report", op=hvd.Average)
+        return before
+
+    def collect(self) -> tuple[Any, list[float]] | None:
+        """The report that is still outstanding, if any."""
+        if self._handle is None:
+            return None
+        average = hvd.synchronize(self._handle).tolist()
+        self._handle = None
+        return self._tag, average
+
+
+class StopSignals:
+    """SIGUSR1, SIGTERM and SIGINT ask for a checkpoint and an orderly end; a second request ends at once.
+
+    A thread takes them in: the main one may be inside a call that waits for other ranks.
+    """
+
+    # One scancel reaches a rank as several signals, from Slurm, the launcher and the batch script.
+    SAME_REQUEST_SECONDS = 2.0
+
+    def __init__(self) -> None:
+        self.requested = ""
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True).start()
+
+    def _listen(self, reading: int) -> None:
+        since = 0.0
+        while True:
+            number = os.read(reading, 1)[0]
+            if number not in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+                continue
+            if not self.requested:
+                self.requested, since = signal.Signals(number).name, time.monotonic()
+            elif time.monotonic() - since > self.SAME_REQUEST_SECONDS:
+                _leave(128 + number)
+
+
+def run_ranks(main: Callable[[], None]) -> NoReturn:
+    """Initialise Horovod, run `main` on every rank and leave with the job's exit code; no rank outlives a failed one.
+
+    An error is told once: by rank 0 when all ranks meet it, else by the rank that met it, with its rank and host.
+    """
+    hvd.init()
+    launched = int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1))
+    if launched > 1 and hvd.size() == 1:
+        raise InputError(
+            f"mpirun started {launched} ranks and Horovod sees {hvd.size()}: it was built for another MPI; load the "
+            f"MPI it was built with, or build it anew with bash slurm/install.sh --rebuild"
+        )
+    where = f"rank {hvd.rank()} on {socket.gethostname()}"
+    logging.basicConfig(
+        format=f"%(levelname)s: {where}: %(message)s" if hvd.size() > 1 else "%(levelname)s: %(message)s"
+    )
+    logging.addLevelName(logging.WARNING, "warning")
+    try:
+        heartbeat.start()
+        main()
+        code = 0
+    except Stopped:
+        code = EXIT_STOPPED
+    except InputError as error:
+        if error.everywhere and hvd.rank() > 0:
+            _await_end()  # rank 0 says it
+        alone = hvd.size() == 1 or error.everywhere and hvd.rank() == 0
+        print(f"error: {error}" if alone else f"error: {where}: {error}", file=sys.stderr)
+        _leave(EXIT_BAD_INPUT)
+    except Failed as error:
+        if hvd.rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except HorovodInternalError as error:
+        _await_end()  # another rank has failed and speaks for itself
+        print(f"error: {where} lost the other ranks: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+        _leave(1)
+    except BaseException:
+        text = traceback.format_exc()
+        print(f"error: {where} failed:\n{text}" if hvd.size() > 1 else text, file=sys.stderr)
+        _leave(1)
+    # All ranks get here together; whichever left early would be taken for a failure by the launcher.
+    hvd.shutdown()
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _await_end() -> None:
+    """Give another rank the time to say why the job ends, and the launcher to end this process for it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(LAUNCHER_GRACE)
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process at once, without waiting for the other ranks: that is what makes the launcher end them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

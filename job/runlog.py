@@ -1,0 +1,200 @@
+"""What a run leaves for its reader: the run directory's metrics, TensorBoard, and rank 0's lines on the terminal.
+
+In: values of steps and validations. Out: metrics.jsonl, tensorboard/, config.yaml, summary.json, and a progress bar.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from shards.cli import InputError
+from shards.split import write_whole
+
+# Seconds between two warnings that metrics cannot be written.
+WARN_SECONDS = 30.0
+
+
+class RunLog:
+    """Rank 0's record of a run. On other ranks every method does nothing.
+
+    A full disk does not end training: what could not be written is told on stderr and counted in `failures`.
+    """
+
+    def __init__(self, out: str, active: bool):
+        self.out = out
+        self.active = active
+        self.bar = None
+        self.failures = 0
+        self._warned = -WARN_SECONDS
+        self._tensorboard = None
+        if not active:
+            return
+        try:
+            os.makedirs(os.path.join(out, "checkpoints"), exist_ok=True)
+            self._lock()
+        except OSError as error:
+            raise InputError(f"cannot write the run directory {out}: {error.strerror}; choose another --out") from None
+
+    def _lock(self) -> None:
+        """Refuse a run directory in which another job is at work. The lock goes with its process, also over NFS."""
+        self._lock_file = open(os.path.join(self.out, ".lock"), "a+", encoding="utf-8")
+        try:
+            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock_file.seek(0)
+            owner = self._lock_file.read().strip() or "another process"
+            raise InputError(f"{self.out} is in use by {owner}; wait for it, or choose another --out") from None
+        job = os.environ.get("SLURM_JOB_ID")
+        self._lock_file.truncate(0)
+        self._lock_file.write(f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}\n")
+        self._lock_file.flush()
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.out, name)
+
+    def open(self, step: int) -> None:
+        """Begin to write, after `step` steps. What an earlier part of the run wrote of later steps is taken out."""
+        if not self.active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        kept = []
+        if os.path.exists(self.path("metrics.jsonl")):
+            with open(self.path("metrics.jsonl"), encoding="utf-8") as file:
+                kept = [line for line in file if _belongs(line, step)]
+        self._open_tensorboard = lambda: SummaryWriter(self.path("tensorboard"), purge_step=step, flush_secs=10)
+        self.attempt("metrics.jsonl", lambda: write_whole(self.path("metrics.jsonl"), "".join(kept).encode()))
+
+    def write(self, kind: str, step: int, epoch: int, **values: Any) -> None:
+        """One line of metrics.jsonl; numbers of `train` and `val` lines go to TensorBoard as well."""
+        if not self.active:
+            return
+        self.attempt("metrics.jsonl", lambda: append_line(self.path("metrics.jsonl"), kind, step, epoch, **values))
+        if kind != "event":
+            self.attempt("tensorboard", lambda: self._to_tensorboard(kind, step, values))
+
+    def hang(self, step: int, epoch: int, reason: str) -> None:
+        """Note that the ranks did not get on. Any rank may call it: rank 0 may be the one that hangs."""
+        with contextlib.suppress(OSError):  # it has been said on stderr
+            append_line(self.path("metrics.jsonl"), "event", step, epoch, event="hang", reason=reason)
+
+    def _to_tensorboard(self, kind: str, step: int, values: dict[str, float]) -> None:
+        writer = self._tensorboard or self._open_tensorboard()
+        self._tensorboard = None  # one that has failed once fails for ever
+        for name, value in values.items():
+            writer.add_scalar(f"{kind}/{name}", value, step)
+        self._tensorboard = writer
+
+    def attempt(self, what: str, write: Callable[[], None]) -> None:
+        """Write a file of the run; one that cannot be written is told of, now and then, and does not end the run."""
+        try:
+            write()
+        except OSError as error:
+            self.failures += 1
+            if time.monotonic() - self._warned >= WARN_SECONDS:
+                self._warned = time.monotonic()
+                self.warn(f"{what} of {self.out} cannot be written: {error}; training goes on")
+
+    def say(self, text: str) -> None:
+        """A line on stdout, above the progress bar where there is one."""
+        if not self.active:
+            return
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """A line on stderr."""
+        if self.bar is not None:
+            self.bar.write(f"warning: {text}", file=sys.stderr)
+        else:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def start_bar(self, total: int, done: int) -> None:
+        """A progress bar on a terminal. A launcher's terminal is shared by all ranks: there, plain lines."""
+        if self.active and sys.stdout.isatty() and "OMPI_COMM_WORLD_RANK" not in os.environ:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, file=sys.stdout)
+
+    def progress(self, text: str) -> None:
+        """The state of training: in the bar, else as a line."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        else:
+            self.say(text)
+
+    def advance(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def close_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def summary(self, values: dict[str, Any]) -> None:
+        if self.active:
+            text = json.dumps(values, indent=1) + "\n"
+            self.attempt("summary.json", lambda: write_whole(self.path("summary.json"), text.encode()))
+
+    def timings(self, values: dict[str, Any]) -> None:
+        """What a scaling study reads: sections of a step on every rank, and where that was."""
+        if self.active:
+            text = json.dumps(values) + "\n"
+            self.attempt("timings.json", lambda: write_whole(self.path("timings.json"), text.encode()))
+
+
+def append_line(path: str, kind: str, step: int, epoch: int, **values: Any) -> None:
+    """Append a line of metrics, whole or not at all. Raises OSError."""
+    # JSON has no NaN: a value that is not finite becomes null.
+    clean = {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in values.items()}
+    line = json.dumps({"kind": kind, "step": step, "epoch": epoch, "time": round(time.time(), 3), **clean}) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        before, data = os.fstat(descriptor).st_size, line.encode()
+        try:
+            if os.write(descriptor, data) < len(data):
+                raise OSError("no space left for a line")
+        except OSError:
+            os.ftruncate(descriptor, before)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_textfile(path: str, values: dict[str, float], out: str) -> None:
+    """Write `values` as gauges for the textfile collector of Prometheus' node_exporter; it never sees half of them."""
+    label = re.sub(r'([\\"])', r"\\\1", out).replace("\n", "\\n")
+    lines = []
+    for name, value in {**values, "time_seconds": time.time()}.items():
+        lines += [f"# TYPE alexnet_train_{name} gauge", f'alexnet_train_{name}{{run="{label}"}} {float(value):.17g}']
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+    os.replace(f"{path}.tmp", path)
+
+
+def _belongs(line: str, step: int) -> bool:
+    """Whether a line of metrics.jsonl is whole and of the first `step` steps; events always stay."""
+    try:
+        fields = json.loads(line)
+        return fields["kind"] == "event" or fields["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False  # the last line of a run that was killed while it wrote
+
+
+def duration(seconds: float) -> str:
+    """3:05, 2:03:05, or 4 days 2:03:05."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    text = f"{hour}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+    return f"{days} days {text}" if days else text

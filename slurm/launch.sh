@@ -1,0 +1,193 @@
+# What the job scripts share. It reads site.sh, and find_launcher makes of the allocation the command that starts the ranks:
+# the array `launch`. In: `repository`; the functions below the line also `options`. Nothing here needs editing.
+# shellcheck shell=bash disable=SC2154
+
+say() { echo "$(date '+%F %T') ${SLURM_JOB_NAME:-job} ${SLURM_JOB_ID:-}: $*"; }
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# shellcheck source-path=SCRIPTDIR source=site.sh
+source "$repository/slurm/site.sh"
+export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
+# shellcheck source-path=SCRIPTDIR source=activate.sh
+source "$repository/slurm/activate.sh"
+case $LAUNCHER in
+    "" | mpirun | srun | horovodrun) ;;
+    *) fail "LAUNCHER=$LAUNCHER is none of mpirun, srun, horovodrun; mend slurm/site.sh, or leave it empty" ;;
+esac
+
+# This job to scontrol. The number alone can mean all tasks of an array.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+
+# sbatch --export=NONE would reach the ranks too.
+export SLURM_EXPORT_ENV=ALL
+nodes=$SLURM_JOB_NUM_NODES
+gpus=${SLURM_GPUS_ON_NODE:-0}
+per_node=${RANKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-$((gpus > 1 ? gpus : 1))}}
+ranks=$((nodes * per_node))
+cpus=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / per_node))}
+cpus=$((cpus > 0 ? cpus : 1))
+
+if [ "$NETWORK_INTERFACE" ]; then
+    export NCCL_SOCKET_IFNAME=$NETWORK_INTERFACE HOROVOD_GLOO_IFACE=$NETWORK_INTERFACE
+    export OMPI_MCA_btl_tcp_if_include=$NETWORK_INTERFACE PRTE_MCA_prte_if_include=$NETWORK_INTERFACE
+fi
+# Open MPI notices a node that has vanished after 5 minutes; these make it 20 seconds. First 5, then 4.
+export PRTE_MCA_oob_tcp_keepalive_time=5 PRTE_MCA_oob_tcp_keepalive_intvl=5 PRTE_MCA_oob_tcp_keepalive_probes=3
+export OMPI_MCA_oob_tcp_keepalive_time=5 OMPI_MCA_oob_tcp_keepalive_intvl=5 OMPI_MCA_oob_tcp_keepalive_probes=3
+# scancel sends SIGTERM to mpirun and its daemons too, and their end would be that of the ranks before these have
+# written a checkpoint. They do not get it (the ranks do). coreutils 8.31 or newer.
+shield=()
+if env --block-signal=TERM true 2>/dev/null; then
+    shield=(env --block-signal=TERM)
+    export PRTE_MCA_prte_launch_agent="env --block-signal=TERM,USR1 prted"
+    export OMPI_MCA_orte_launch_agent="env --block-signal=TERM,USR1 orted"
+fi
+
+# The command of one launcher, into `launch`.
+use() {
+    case $1 in
+        mpirun)
+            # Slots: ranks follow the GPUs, whatever the number of Slurm's tasks.
+            export SLURM_TASKS_PER_NODE="$per_node(x$nodes)"
+            if mpirun --version 2>/dev/null | grep -qE 'Open ?(MPI|RTE)'; then
+                # Cores bound apart, where the cores that we see are ours alone; else the ranks of two jobs could be
+                # bound to the same ones.
+                seen=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
+                if [ "$seen" = "$SLURM_CPUS_ON_NODE" ] && ((cpus * per_node <= seen)); then
+                    bind=(--use-hwthread-cpus --map-by "ppr:$per_node:node:PE=$cpus" --bind-to hwthread)
+                else
+                    bind=(--map-by "ppr:$per_node:node" --bind-to none)
+                fi
+            else
+                bind=(-ppn "$per_node") # MPICH, Intel MPI
+            fi
+            launch=("${shield[@]}" mpirun -np "$ranks" "${bind[@]}" "${MPIRUN_OPTIONS[@]}")
+            ;;
+        srun)
+            # Ranks of a failed job have 40 seconds to end with their own exit codes.
+            launch=(srun "--mpi=$SRUN_MPI" --kill-on-bad-exit=0 --wait=40 --nodes="$nodes" --ntasks="$ranks"
+                --ntasks-per-node="$per_node" --cpus-per-task="$cpus" --cpu-bind=cores)
+            ;;
+        horovodrun)
+            hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/:$per_node/" | paste -sd,)
+            launch=("${shield[@]}" horovodrun --gloo -np "$ranks" -H "$hosts")
+            [ -z "$NETWORK_INTERFACE" ] || launch+=(--network-interface "$NETWORK_INTERFACE")
+            ;;
+    esac
+}
+
+# Does it start ranks that find each other? Prints why not.
+try() {
+    type "$1" >/dev/null 2>&1 || { echo "no such program; load its module in slurm/site.sh" && return 1; }
+    use "$1"
+    local check='from mpi4py import MPI; import sys; n = MPI.COMM_WORLD.size
+if n != int(sys.argv[1]): sys.exit(f"{sys.argv[1]} ranks were started, MPI sees {n}: launcher and MPI do not belong together")'
+    if [ "$1" = horovodrun ]; then
+        local host
+        for host in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+            [ "$host" = "$SLURMD_NODENAME" ] || timeout 20 ssh -o BatchMode=yes "$host" true 2>&1 || return 1
+        done
+    else
+        timeout 120 "${launch[@]}" "${PYTHON[@]}" -c "$check" "$ranks" 2>&1
+    fi
+}
+
+# Take LAUNCHER, or the first of the launchers given that works; end the job where none does.
+find_launcher() {
+    local name why reasons=""
+    for name in ${LAUNCHER:-"$@"}; do
+        if why=$(try "$name"); then
+            use "$name"
+            LAUNCHER=$name
+            say "$ranks ranks on $nodes nodes by $name, $per_node a node, $cpus CPUs and $((gpus / per_node)) GPUs a rank"
+            return
+        fi
+        why=$(grep -vE '^[ -]*$' <<<"$why" | head -n 12)
+        reasons+="$name: ${why:-no answer within its time}"$'\n'
+    done
+    printf '%s' "$reasons" >&2
+    fail "no launcher works on $SLURM_JOB_NODELIST (reasons above); set LAUNCHER and SRUN_MPI in slurm/site.sh"
+}
+
+# ---- For train.sh.
+
+# Run a command to its end, which signals do not hasten; its exit code also in `code`.
+attend() {
+    "$@" &
+    pid=$!
+    interrupted=1
+    while [ "$interrupted" ]; do # a signal ends `wait`, too
+        interrupted=
+        wait "$pid"
+        code=$?
+    done
+    pid=
+    return "$code"
+}
+
+# Remember what was asked for, and ask the ranks for a checkpoint.
+on_signal() {
+    interrupted=1
+    [ "$stop" = TERM ] || stop=$1
+    say "got SIG$1"
+    if [ -z "${pid:-}" ]; then
+        return
+    elif [ "$LAUNCHER" = horovodrun ]; then
+        # It would end at once. Its ranks on this node get the signal from here and tell the others.
+        grep -lsz "^SLURM_JOB_ID=$SLURM_JOB_ID\$" /proc/[0-9]*/environ | xargs -r grep -lsz '^HOROVOD_RANK=' |
+            cut -d/ -f3 | xargs -r kill -USR1
+    else
+        kill -USR1 "$pid" # mpirun and srun hand it on
+    fi
+}
+
+# Names the nodes of the job that do not answer, if any.
+lost_nodes() {
+    local node lost
+    ((nodes > 1)) || return 0
+    lost=$(
+        for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+            timeout -k 2 10 srun --overlap --mpi=none --nodes=1 --ntasks=1 --nodelist="$node" true >/dev/null 2>&1 || echo "$node" &
+        done
+        wait
+    )
+    [ -z "$lost" ] || echo "lost ${lost//$'\n'/ }"
+}
+
+# Does Slurm take the nodes away for another job? Then it has sent SIGTERM, but we are to come back.
+preempted() { scontrol show job "$job" | grep -q 'PreemptTime=[0-9]'; }
+
+# STAGE=1: each node copies the folder of --data to its own disk.
+stage_data() {
+    find_data
+    say "copying $data to $staged on $nodes nodes"
+    srun --mpi=none --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 bash "$repository/slurm/stage.sh" "$data" "$staged"
+}
+
+use_staged_data() {
+    find_data
+    options+=(--data "$staged")
+}
+
+find_data() {
+    data=$(option data)
+    [ -d "$data" ] || fail "STAGE=1: no folder --data $data"
+    # Named after the whole path, so that two data sets do not mix and a requeued job finds its copies.
+    staged=$SCRATCH/shards-$(id -un)-$(realpath "$data" | sha256sum | cut -c1-12)
+}
+
+# The value of an option of job.train, the last one where it was given twice.
+option() {
+    local i value=
+    for i in "${!options[@]}"; do
+        case ${options[i]} in
+            "--$1") value=${options[i + 1]:-} ;;
+            "--$1="*) value=${options[i]#*=} ;;
+        esac
+    done
+    printf '%s' "$value"
+}

@@ -1,0 +1,28 @@
+#!/bin/bash
+# Pack a data set into shards on all cores of the allocation:
+#     cd REPOSITORY; sbatch --nodes=2 --ntasks-per-node=32 slurm/pack.sh SOURCE DEST [options of shards.pack]
+# Options before the script's name go to sbatch and win over the lines below. What differs between clusters is in
+# slurm/site.sh. Run it again after an interruption: shards that are complete are kept.
+#SBATCH --job-name=pack
+#SBATCH --nodes=1
+##SBATCH --ntasks-per-node=32   # as many as cores (take one # away to use the line)
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=pack-%j.out
+
+set -uo pipefail
+# Slurm runs a copy of this script; it knows where the original lies.
+command=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null | sed -n 's/^ *Command=//p' | head -n 1)
+repository=${command%/slurm/pack.sh*}
+if [ ! -f "$repository/slurm/launch.sh" ]; then
+    echo "error: this is a job script; submit it where it lies: sbatch REPOSITORY/slurm/pack.sh" >&2
+    exit 2
+fi
+# shellcheck source-path=SCRIPTDIR source=launch.sh
+source "$repository/slurm/launch.sh"
+
+per_node=${SLURM_NTASKS_PER_NODE:-$SLURM_CPUS_ON_NODE} # GPUs do not count here
+ranks=$((nodes * per_node)) cpus=1
+[ "$LAUNCHER" != horovodrun ] || LAUNCHER= # these ranks talk through MPI
+find_launcher mpirun srun
+exec "${launch[@]}" "${PYTHON[@]}" -m shards.pack "$@"

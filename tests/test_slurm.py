@@ -1,0 +1,363 @@
+"""The job scripts on a real Slurm cluster of this machine (tests/cluster.py): they start ranks with every launcher, and
+a training run goes on, with nothing lost, through time limits, preemption, requeues and lost nodes."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import Cluster
+from tests.launch import ROOT, metrics
+
+pytestmark = pytest.mark.slurm
+
+# Seconds after which this Slurm requeues the jobs of a silent node. mpirun is to notice it before.
+LOST_AFTER = 40
+# A small network; every step is told; validation has tests of its own.
+SMALL = "--recipe demo --model.width 0.3 --global-batch 16 --model.dropout 0 --workers 1".split()
+SMALL += "--eval-every 0 --log-every 1".split()
+# Steps of a run that is to be interrupted: some seconds on a fast machine.
+MANY, ENDLESS = 80, 100_000
+
+
+@pytest.fixture(scope="module")
+def cluster(request):
+    with Cluster(4, lost_after=LOST_AFTER) as cluster:
+        refused = f" (namespaces are refused: {cluster.refused})" if cluster.refused else ""
+        line = f"Slurm cluster of 4 nodes, form {cluster.form}{refused}"
+        request.config.pluginmanager.get_plugin("terminalreporter").write_line(line)
+        yield cluster
+
+
+@pytest.fixture
+def hosts(cluster):
+    """The cluster, where its nodes are hosts with names and addresses of their own."""
+    if cluster.form != "hosts":
+        pytest.skip(f"needs nodes that are hosts of their own; here: {cluster.refused}")
+    return cluster
+
+
+@dataclass
+class Job:
+    """A submitted slurm/train.sh, its log and its run directory."""
+
+    cluster: Cluster
+    number: int
+    log: Path
+    out: Path
+
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def steps(self) -> list[int]:
+        """Steps told so far in metrics.jsonl."""
+        try:
+            return [line["step"] for line in metrics(self.out, "train")]
+        except (OSError, ValueError):  # not there yet, or a line that is being written
+            return []
+
+    def wait_step(self, step: int, seconds: float = 90) -> None:
+        def reached() -> bool:
+            state = self.cluster.job(self.number)["JobState"]
+            assert state in ("PENDING", "RUNNING", "COMPLETING"), f"{state}\n{self.text()}"
+            return max(self.steps(), default=0) >= step
+
+        self.cluster.wait_for(reached, f"step {step} of job {self.number}", seconds)
+
+    def wait_end(self, state: str, seconds: float = 120) -> dict[str, str]:
+        """Wait for the job's end, which must be `state`; what Slurm says of it."""
+        job = self.cluster.wait_state(self.number, "COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL", seconds)
+        assert job["JobState"] == state, f"{job}\n{self.text()}"
+        return job
+
+    def assert_complete(self, steps: int) -> None:
+        """The run is done, and every step is told exactly once, whatever came between."""
+        assert self.steps() == list(range(1, steps + 1)), self.text()
+        assert metrics(self.out, "event")[-1]["event"] == "done"
+
+
+@pytest.fixture
+def submit(cluster, demo_data, tmp_path):
+    """Submit slurm/train.sh: submit("-N2", steps=9, more=["--seed", "1"], LAUNCHER="srun")."""
+    jobs = []
+
+    def submit(*sbatch: str, steps: int = MANY, more: list[str] = (), name: str = "run", **env: str) -> Job:
+        log, out = tmp_path / f"{name}.log", tmp_path / name
+        options = [
+            *SMALL,
+            "--data",
+            str(demo_data),
+            "--out",
+            str(out),
+            "--epochs",
+            "1000",
+            "--max-steps",
+            str(steps),
+            *more,
+        ]
+        words = ["-o", str(log), *sbatch, str(ROOT / "slurm/train.sh"), *options]
+        # The interface is for horovodrun; the others are to find each other without.
+        nic = {"NETWORK_INTERFACE": "eth0"} if env.get("LAUNCHER") == "horovodrun" else {}
+        jobs.append(Job(cluster, cluster.sbatch(*words, cwd=tmp_path, env={**nic, **env}), log, out))
+        return jobs[-1]
+
+    yield submit
+    for job in jobs:
+        cluster.run("scancel", "--signal=KILL", "--full", str(job.number), check=False)
+        cluster.run("scancel", str(job.number), check=False)
+
+
+# Ranks and nodes.
+
+
+@pytest.fixture(scope="module")
+def losses():
+    """Losses of the first job that ran, for the others to compare with."""
+    return []
+
+
+@pytest.mark.parametrize(("nodes", "tasks"), [(1, 2), (4, 1)])
+def test_training_is_the_same_on_1_and_4_nodes(cluster, submit, losses, nodes, tasks):
+    job = submit(f"-N{nodes}", f"--ntasks-per-node={tasks}", steps=6)
+    job.wait_end("COMPLETED")
+    job.assert_complete(6)
+    assert metrics(job.out, "event")[0]["world_size"] == nodes * tasks
+    assert f"{nodes * tasks} ranks on {nodes} nodes by mpirun" in job.text()
+    losses.append([line["loss"] for line in metrics(job.out, "train")])
+    assert losses[-1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_ranks_follow_the_gpus_of_a_node_and_are_bound_to_cores_of_their_own(cluster, submit, tmp_path):
+    show, log = tmp_path / "show.sh", tmp_path / "log"
+    show.write_text(
+        '#!/bin/bash\nrepository=$1; source "$repository/slurm/launch.sh"; find_launcher mpirun\n'
+        '"${launch[@]}" grep Cpus_allowed_list /proc/self/status\n'
+    )
+    words = ["-o", str(log), "-N1", "--exclusive", "--gpus-per-node=2", str(show), str(ROOT)]
+    cluster.wait_state(cluster.sbatch(*words, cwd=tmp_path), "COMPLETED", 60)
+    assert "2 ranks on 1 nodes" in log.read_text() and "1 GPUs a rank" in log.read_text()
+    cores = [line.split()[1] for line in log.read_text().splitlines() if line.startswith("Cpus_allowed_list")]
+    assert len(cores) == 2 and (cores[0] != cores[1] or os.cpu_count() == 1), log.read_text()
+
+
+def test_sbatch_accepts_the_scripts(cluster):
+    for script in ("train.sh", "pack.sh", "install.sh"):
+        done = cluster.run("sbatch", "--test-only", "--cpus-per-task=1", str(ROOT / "slurm" / script), "SOURCE", "DEST")
+        assert "to start at" in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck")
+def test_shellcheck_has_nothing_to_say():
+    scripts = [*ROOT.glob("slurm/*.sh"), *ROOT.glob("tests/*.sh"), *ROOT.glob("job/*.sh")]
+    done = subprocess.run(
+        ["shellcheck", "-x", "--exclude=SC1091", *scripts], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_packing_over_two_nodes(cluster, tmp_path):
+    log, dest = tmp_path / "log", tmp_path / "my shards"
+    words = ["-o", str(log), "-N2", "--ntasks-per-node=1", str(ROOT / "slurm/pack.sh")]
+    number = cluster.sbatch(*words, str(ROOT / "shards/demo"), str(dest), "--resize", "76", cwd=tmp_path)
+    job = cluster.wait_state(number, "COMPLETED FAILED", 90)
+    assert job["JobState"] == "COMPLETED", log.read_text()
+    assert "2 ranks on 2 nodes" in log.read_text()
+    done = cluster.run(sys.executable, "-m", "shards.verify", str(dest), cwd=ROOT)
+    assert "3,000" in done.stdout and "600" in done.stdout
+
+
+def test_staged_shards_are_read_from_the_nodes_own_disk_and_copied_once(hosts, submit, demo_data, tmp_path):
+    data = tmp_path / "shards of 'mine'"
+    shutil.copytree(demo_data, data)
+    job = submit("-N2", steps=2, more=["--data", str(data)], STAGE="1")
+    job.wait_end("COMPLETED")
+    assert "data /run/tmp/shards-" in job.text()
+    folder = next(word for word in job.text().split() if word.startswith("/run/tmp/shards-"))
+
+    def there(node: str) -> dict[str, str]:
+        """Inode number by name of what a node has."""
+        lines = hosts.run("ls", "-1i", folder, host=node).stdout.splitlines()
+        return {line.split()[1]: line.split()[0] for line in lines}
+
+    assert there("n1").keys() == there("n2").keys() == {path.name for path in data.iterdir() if path.is_file()}
+    # A requeued job copies again only what is not whole.
+    before = there("n1")
+    hosts.run("truncate", "-s", "100", f"{folder}/train-000003.tar", host="n1")
+    hosts.run("bash", str(ROOT / "slurm/stage.sh"), str(data), folder, host="n1")
+    after = there("n1")
+    assert [name for name in after if after[name] != before.get(name)] == ["train-000003.tar"]
+
+
+# Mistakes are told in one line, with exit code 2.
+
+
+@pytest.mark.parametrize(
+    ("env", "more", "error"),
+    [
+        ({"LAUNCHER": "mpiexec"}, [], "error: LAUNCHER=mpiexec is none of mpirun, srun, horovodrun"),
+        ({"LAUNCHER": "srun", "SRUN_MPI": "none"}, [], "error: no launcher works on n"),
+        ({"STAGE": "1"}, ["--data", "/no/such"], "error: STAGE=1: no folder --data /no/such"),
+        ({}, ["--sed", "1"], "error: unknown option --sed; did you mean --seed?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(submit, env, more, error):
+    job = submit("-N2", more=more, **env)
+    assert job.wait_end("FAILED", 60)["ExitCode"] == "2:0", job.text()
+    errors = [line for line in job.text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith(error), job.text()
+
+
+# Through interruptions to the end.
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "srun", "horovodrun"])
+def test_a_signal_requeues_the_job_and_no_step_is_lost(hosts, submit, losses, launcher):
+    job = submit("-N2", LAUNCHER=launcher)
+    job.wait_step(2)
+    hosts.run("scancel", "--batch", "--signal=USR1", str(job.number))
+    assert job.wait_end("COMPLETED")["Restarts"] == "1", job.text()
+    job.assert_complete(MANY)
+    assert [line["event"] for line in metrics(job.out, "event")] == ["start", "stopped", "start", "done"]
+    assert f"2 ranks on 2 nodes by {launcher}" in job.text()
+    losses.append([line["loss"] for line in metrics(job.out, "train")][:6])
+    assert losses[-1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_one_task_of_an_array_is_requeued_and_the_other_is_not(cluster, submit):
+    job = submit("--array=0-1", more=["--seed", "1%a"], name="task %a")
+    tasks = [Job(cluster, f"{job.number}_{i}", Path(str(job.log).replace("%a", str(i))), job.out) for i in (0, 1)]
+    for i, task in enumerate(tasks):
+        task.out = job.out.with_name(f"task {i}")
+    tasks[1].wait_step(2)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(tasks[1].number))
+    for i, task in enumerate(tasks):
+        assert task.wait_end("COMPLETED")["Restarts"] == str(i)
+        task.assert_complete(MANY)
+        assert f"seed: 1{i}\n" in (task.out / "config.yaml").read_text()
+
+
+def test_parts_in_a_chain_where_requeueing_is_not_wanted(cluster, submit):
+    first, second = (
+        submit("-J", "chain", "--dependency=singleton", more=["--seed", "3"], MAX_REQUEUES="0") for _ in "12"
+    )
+    first.wait_step(2)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(first.number))
+    assert first.wait_end("FAILED")["ExitCode"] == "75:0"
+    assert second.wait_end("COMPLETED")["Restarts"] == "0"
+    second.assert_complete(MANY)
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "srun"])
+def test_scancel_leaves_a_checkpoint_and_does_not_requeue(hosts, submit, launcher):
+    job = submit("-N2", steps=ENDLESS, LAUNCHER=launcher)
+    job.wait_step(2)
+    hosts.run("scancel", str(job.number))
+    assert job.wait_end("CANCELLED", 40)["Restarts"] == "0"
+    hosts.wait_for(lambda: metrics(job.out, "event")[-1]["event"] == "stopped", "the end of the run", 20)
+    last = job.steps()[-1]
+    assert (job.out / "checkpoints" / f"step-{last:08d}.pt").exists()
+
+
+def test_preemption_requeues_the_job(hosts, submit):
+    job = submit("-N1", "--exclusive", LAUNCHER="srun")
+    job.wait_step(2)
+    hosts.sbatch("--partition=urgent", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    assert job.wait_end("COMPLETED")["Restarts"] == "1", job.text()
+    job.assert_complete(MANY)
+
+
+@pytest.fixture(scope="module")
+def limited(cluster, demo_data, tmp_path_factory):
+    """A job on node n4 that meets its time limit of a minute, which passes while other tests run."""
+    folder = tmp_path_factory.mktemp("limited")
+    options = [
+        *SMALL,
+        "--data",
+        str(demo_data),
+        "--out",
+        str(folder / "run"),
+        "--epochs",
+        "1000",
+        "--max-steps",
+        str(ENDLESS),
+    ]
+    words = ["-o", str(folder / "log"), "-w", "n4", "--time=1", "--signal=B:USR1@45", str(ROOT / "slurm/train.sh")]
+    job = Job(cluster, cluster.sbatch(*words, *options, cwd=folder), folder / "log", folder / "run")
+    yield job
+    cluster.run("scancel", str(job.number), check=False)
+
+
+def test_a_vanished_node_ends_the_job_in_time_and_it_goes_on_without_it(hosts, limited, submit):
+    job = submit("-N2", "-x", "n4", steps=2 * MANY)
+    job.wait_step(2)
+    _, lost = hosts.run("scontrol", "show", "hostnames", hosts.job(job.number)["NodeList"]).stdout.split()
+    began = time.monotonic()
+    hosts.power_off(lost)
+    hosts.wait_for(lambda: f"lost {lost}; requeueing" in job.text(), "the end of the job", 90)
+    noticed = time.monotonic() - began
+    assert job.wait_end("COMPLETED", 150)["Restarts"] == "1", job.text()
+    job.assert_complete(2 * MANY)
+    # For elastic training: the nodes that answer.
+    nodelist = {"SLURM_JOB_NODELIST": "n[1-4]", "RANKS_PER_NODE": "2"}
+    answering = hosts.run(str(ROOT / "slurm/elastic_hosts.sh"), env=nodelist).stdout.split()
+    assert sorted(answering) == [f"{name}:2" for name in hosts.names if name != lost]
+    left = hosts.run("scontrol", "show", "hostnames", hosts.job(job.number)["NodeList"]).stdout.split()
+    assert len(left) == 2 and lost not in left
+    print(f"lost node: {noticed:.0f} s to the end of the job, {time.monotonic() - began:.0f} s to the end of training")
+    hosts.power_on(lost)
+    hosts.wait_for(lambda: hosts.node_state(lost) == "idle", "the node is back", 60)
+
+
+def test_the_time_limit_requeues_the_job(cluster, limited):
+    cluster.wait_for(lambda: cluster.job(limited.number)["Restarts"] != "0", "requeue at the time limit", 90)
+    assert "stopped, checkpoint written; requeueing" in limited.text()
+    stopped = metrics(limited.out, "event")[1]
+    assert stopped["event"] == "stopped" and stopped["signal"] == "SIGUSR1"
+    limited.wait_step(stopped["step"] + 2)
+    steps = limited.steps()
+    assert steps == list(range(1, len(steps) + 1))
+
+
+# The cluster of the tests itself.
+
+
+def test_nodes_without_namespaces_train_too_and_leave_nothing(demo_data, tmp_path):
+    with Cluster(2, form="simple") as simple:
+        assert sorted(simple.run("srun", "-N2", "sh", "-c", "echo $SLURMD_NODENAME").stdout.split()) == ["n1", "n2"]
+        options = [*SMALL, "--data", str(demo_data), "--out", str(tmp_path / "run"), "--max-steps", "3"]
+        words = ["-o", str(tmp_path / "log"), "-N2", str(ROOT / "slurm/train.sh"), *options]
+        job = Job(simple, simple.sbatch(*words, cwd=tmp_path), tmp_path / "log", tmp_path / "run")
+        job.wait_end("COMPLETED")
+        job.assert_complete(3)
+        root = simple.root
+    assert not root.exists() and not _processes_of(root)
+
+
+def test_a_killed_test_run_leaves_no_process(tmp_path):
+    code = "import sys, time\nfrom tests.cluster import Cluster\n"
+    code += "cluster = Cluster(1, form=sys.argv[1])\nprint(cluster.root, flush=True)\ntime.sleep(600)"
+    for form in ("auto", "simple"):
+        owner = subprocess.Popen([sys.executable, "-c", code, form], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        root = Path(owner.stdout.readline().strip())
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
+        with Cluster(1, form=form) as cluster:  # cleans up what the other could not
+            assert not root.exists()
+            cluster.wait_for(lambda root=root: not _processes_of(root), "the end of all its processes", 10)
+
+
+def _processes_of(root: Path) -> list[str]:
+    mark, found = f"SLURM_CONF={root}/".encode(), []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark in path.read_bytes():
+                found.append((path.parent / "cmdline").read_text())
+        except OSError:
+            continue
+    return found
