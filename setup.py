@@ -27,6 +27,8 @@ EXTRAS = {
         "pytest>=8.2",
         "hypothesis>=6.100",  # the invariants of the data stream are properties
         "ruff>=0.8",  # style check
+        # Interprets the GPU kernels on a CPU. (CUDA's torch brings its own.)
+        "triton>=3.5; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],
     "plots": [
         "matplotlib>=3.8",  # figures of the scaling report

@@ -6,7 +6,7 @@ its own beside training, and the rest is one pass of a Triton kernel; elsewhere,
 
 import functools
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -121,11 +121,12 @@ def _kernel():
 def to_device(
     batches: Iterable[Batch],
     device: torch.device | str,
-    mean: torch.Tensor | None,
-    dtype: torch.dtype = torch.float32,
-    channels_last: bool = False,
+    prepare: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
     """(batch, images, labels) of each batch: `prepare`d images and int64 labels on the device.
+
+    Args:
+        prepare: from a batch's images, offsets and mirror on the device to what the network takes.
 
     On CUDA: a batch is copied on a stream of its own while the device works on the one before, from pinned memory
     (Loader(pin=True)) into one of two buffers in turn. The host waits for nothing but the copy before last.
@@ -133,9 +134,7 @@ def to_device(
     device = torch.device(device)
     if device.type != "cuda":
         for batch in batches:
-            images = prepare(
-                batch.images.to(device), batch.offsets.to(device), batch.mirror.to(device), mean, dtype, channels_last
-            )
+            images = prepare(batch.images.to(device), batch.offsets.to(device), batch.mirror.to(device))
             yield batch, images, batch.labels.to(device)
         return
     side = torch.cuda.Stream(device)
@@ -164,7 +163,7 @@ def to_device(
                 copied[turn].record(side)
             compute.wait_event(copied[turn])
             images, offsets, mirror, labels = on_device
-            prepared = prepare(images, offsets, mirror, mean, dtype, channels_last)
+            prepared = prepare(images, offsets, mirror)
             labels = labels.clone()  # the caller's own: it may keep them beyond the next batch
             used[turn].record(compute)
             yield batch, prepared, labels

@@ -1,7 +1,8 @@
 """Speed of the training step alone, on images that lie on the device: the subjects `compute` and `train` of job.bench.
 
-In: a recipe, a batch a rank. Out: images/s. `compute` leaves out communication; `train`, under horovodrun, is all ranks
-with the allreduce, beside the same step without it, measured in turns in one run.
+In: a recipe, a batch a rank. Out: images/s. `compute` leaves out communication, and measures the fast kernels beside
+their plain twin; `train`, under horovodrun, is all ranks with the allreduce, beside the same step without it. What is
+compared is measured in turns in one run.
 """
 
 import statistics
@@ -20,11 +21,13 @@ def add_options(parser) -> None:
     parser.add_argument("--image-size", type=int, default=0, metavar="PX", help="0: that of the recipe")
     parser.add_argument("--classes", type=int, default=1000, metavar="N")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--kernels", choices=("auto", "plain", "fast"), default="auto")
     parser.add_argument("--parallel", choices=("gradients", "weights"), default="gradients")
+    parser.add_argument("--wire", choices=("fp32", "fp16"), default="fp32", help="type in which gradients travel")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="of each measurement")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of them; the median counts")
-    parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before the first measurement")
+    parser.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before the first measurement")
 
 
 def measure(arguments) -> dict | None:
@@ -40,7 +43,9 @@ def measure(arguments) -> dict | None:
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} is {getattr(arguments, name)}; it must be 1 or more")
     values = config.read_flat(config.recipe_path(arguments.recipe))
-    values.update({"data": "none", "model.classes": arguments.classes, "precision": arguments.precision})
+    for name in ("precision", "kernels", "parallel", "wire"):
+        values[name] = getattr(arguments, name)
+    values.update({"data": "none", "model.classes": arguments.classes})
     if arguments.image_size:
         values["image-size"] = arguments.image_size
     settings = config.from_flat(values)
@@ -50,14 +55,17 @@ def measure(arguments) -> dict | None:
     import torch
 
     from job.bench_loader import cpu_name, versions
+    from job.passes import choose_kernels, set_determinism
     from job.ranks import pick_device
 
     device = pick_device(arguments.device)
-    together = arguments.subject == "train" and hvd.size() > 1
-    alone_step = make_step(settings, arguments.batch, "alone", device)
-    steps = {"alone": alone_step}
-    if together:
-        steps["together"] = make_step(settings, arguments.batch, arguments.parallel, device)
+    kernels = choose_kernels(settings, device)
+    set_determinism(False)
+    steps = {"alone": make_step(settings, arguments.batch, kernels, False, device)}
+    if arguments.subject == "train" and hvd.size() > 1:
+        steps["together"] = make_step(settings, arguments.batch, kernels, True, device)
+    if arguments.subject == "compute" and kernels == "fast":
+        steps["plain"] = make_step(settings, arguments.batch, "plain", False, device)
     rates: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         for _ in range(arguments.warmup):
@@ -71,7 +79,7 @@ def measure(arguments) -> dict | None:
     if hvd.rank():
         return None
     rounds = {name: [hvd.size() * min(r[name][i] for r in sums) for i in range(arguments.rounds)] for name in rates}
-    main = "together" if together else "alone"
+    main = "together" if "together" in rounds else "alone"
     result = {
         "subject": arguments.subject,
         "images_per_second": statistics.median(rounds[main]),
@@ -81,44 +89,52 @@ def measure(arguments) -> dict | None:
         "recipe": arguments.recipe,
         "image_size": settings.image_size,
         "precision": arguments.precision,
+        "kernels": kernels,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "versions": versions(),
     }
-    if together:
+    if device.type == "cuda":
+        result["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    if "plain" in rounds:
+        result["images_per_second_plain"] = statistics.median(rounds["plain"])
+        result["rounds_plain"] = rounds["plain"]
+    if "together" in rounds:
         result["parallel"] = arguments.parallel
         result["images_per_second_without_allreduce"] = statistics.median(rounds["alone"])
         result["efficiency"] = result["images_per_second"] / result["images_per_second_without_allreduce"]
     return result
 
 
-def make_step(settings, batch: int, parallel: str, device):
-    """A function that makes one training step of a network of its own on `batch` random images."""
+def make_step(settings, batch: int, kernels: str, together: bool, device):
+    """A function that makes one training step of a network of its own on `batch` random crops of uint8.
+
+    `together`: with the ranks' strategy; otherwise each rank for itself.
+    """
     import torch
-    import torch.nn.functional as F
 
     from job.model import build
-    from job.optim import MomentumSGD, parameter_groups
-    from job.parallel import make_strategy
+    from job.parallel import Alone, make_strategy
+    from job.passes import make_optimizer, make_pass
 
     model = build(settings).to(device).train()
-    optimizer = MomentumSGD(parameter_groups(model, settings.optim), settings.optim.lr, settings.optim.momentum)
-    strategy = None if parallel == "alone" else make_strategy(parallel, model, optimizer, 1)
+    optimizer = make_optimizer(settings, model, kernels)
+    if together:
+        strategy = make_strategy(settings, model, optimizer, autograd=kernels == "plain")
+    else:
+        strategy = Alone(optimizer)
     side = settings.image_size
-    images = 60 * torch.randn(batch, 3, side, side, device=device)  # about the spread of pixels less their mean
+    images = torch.randint(0, 256, (batch, side, side, 3), dtype=torch.uint8, device=device)
+    offsets = torch.zeros(batch, 2, dtype=torch.int32, device=device)
+    mirror = torch.arange(batch, device=device) % 2 == 0
+    mean = torch.full((side, side, 3), 127.5, device=device)
     labels = torch.randint(settings.model.classes, (batch,), device=device)
+    this_pass = make_pass(settings, model, strategy, mean, kernels, batch)
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            loss = F.cross_entropy(model(images), labels)
-        if strategy is None:
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        else:
-            strategy.backward(loss)
-            strategy.communicate()
-            strategy.update()
-            strategy.after_update(0)
+        this_pass.run(this_pass.prepare(images, offsets, mirror), labels, 1)
+        strategy.communicate()
+        strategy.update()
+        strategy.after_update(0)
 
     return step
 
@@ -143,10 +159,16 @@ def text(result: dict) -> str:
     """The result for a reader."""
     low, high = min(result["rounds"]), max(result["rounds"])
     lines = [
-        f"{result['recipe']} at {result['image_size']} px, {result['precision']}, "
+        f"{result['recipe']} at {result['image_size']} px, {result['precision']}, {result['kernels']} kernels, "
         f"{result['ranks']} x {result['batch']} images a step, {result['device']}",
         f"{result['images_per_second']:,.1f} images/s (rounds {low:,.1f} to {high:,.1f})",
     ]
+    if "images_per_second_plain" in result:
+        plain = result["images_per_second_plain"]
+        lines.append(
+            f"plain kernels {plain:,.1f} images/s: the fast ones are {result['images_per_second'] / plain:.2f} times "
+            f"as fast"
+        )
     if "efficiency" in result:
         lines.append(
             f"without the allreduce {result['images_per_second_without_allreduce']:,.1f} images/s: efficiency "

@@ -71,9 +71,16 @@ class Config:
         "gradients", "what the ranks average: gradients before, or weights and momenta after the update"
     )
     average_every: int = setting(1, "parallel weights: steps between two averages")
+    wire: Literal["fp32", "fp16"] = setting(
+        "fp32", "parallel gradients: type in which gradients travel; fp16 halves the bytes and rounds them"
+    )
     resume: str = setting("auto", "auto: newest good checkpoint of the run directory; none: start anew; or a file")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU for each rank where there is one")
     precision: Literal["fp32", "bf16"] = setting("fp32", "bf16: autocast to bfloat16, weights stay fp32")
+    kernels: Literal["auto", "plain", "fast"] = setting(
+        "auto", "plain: PyTorch's own; fast: fused Triton kernels and CUDA graphs; auto: fast where the GPU has them"
+    )
+    deterministic: bool = setting(False, "the same seed gives the same bits on a GPU too, at some cost in speed")
     image_size: int = setting(227, "side of the square that is cropped for the network, in pixels; 67 or more")
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: after validation and at the end only")
     checkpoint_keep: int = setting(3, "newest checkpoints that are kept, besides the best one")
@@ -90,7 +97,7 @@ class Config:
 # Settings that may differ between a run and its continuation: none of them changes what is computed at a given step.
 MAY_CHANGE = frozenset(
     "recipe data out epochs max-steps workers resume device checkpoint-every checkpoint-keep eval-every log-every "
-    "timeline profile metrics.textfile data.max-bad-fraction".split()
+    "kernels timeline profile metrics.textfile data.max-bad-fraction".split()
 )
 
 

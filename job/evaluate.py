@@ -34,14 +34,14 @@ def validate(model, loader, mean, device, precision: str) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
-    from job.augment import to_device
+    from job.augment import prepare, to_device
 
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # right in 1, right in 5, loss, samples
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            for _, images, labels in to_device(loader, device, mean):
+            for _, images, labels in to_device(loader, device, lambda *parts: prepare(*parts, mean)):
                 scores = model(images).float()  # (n, classes)
                 five = scores.topk(min(5, scores.shape[1]), dim=1).indices  # (n, 5)
                 hits = five == labels[:, None]

@@ -72,6 +72,7 @@ class AlexNet(nn.Module):
         self.fc6 = nn.Linear(c5 * feature_size(image_size) ** 2, hidden)  # 9216 -> 4096
         self.fc7 = nn.Linear(hidden, hidden)
         self.fc8 = nn.Linear(hidden, classes)
+        self.image_size = image_size
         self.lrn_place = lrn_place
         self.dropout = dropout
         self.width = width

@@ -39,12 +39,78 @@ class MomentumSGD(torch.optim.Optimizer):
                 torch._foreach_add_(velocities, params, alpha=-rate * group["weight_decay"])
             torch._foreach_add_(params, velocities)
 
+    def refresh(self) -> None:
+        """To be called when parameters were changed otherwise than by `step`."""
+
     def velocity(self, param: torch.Tensor) -> torch.Tensor:
         """The velocity of a parameter, zero before its first update."""
         state = self.state[param]
         if "velocity" not in state:
             state["velocity"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
         return state["velocity"]
+
+
+class FusedSGD(MomentumSGD):
+    """`MomentumSGD` as one Triton kernel over all parameters, which writes `copies` of them on the way.
+
+    Parameters, gradients and velocities must be float32, contiguous, on one GPU, and stay where they are.
+
+    Attributes:
+        copies: parameter -> tensor of the same shape in another type, as of `job.fast.Network`.
+    """
+
+    BLOCK = 4096  # elements of one Triton program
+
+    def __init__(self, params, lr: float, momentum: float):
+        super().__init__(params, lr, momentum)
+        self.copies: dict[nn.Parameter, torch.Tensor] = {}
+        self._table = None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        for parameter, copy in self.copies.items():
+            copy.copy_(parameter)
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        import triton.language as tl
+
+        from job.fast_kernels import momentum_sgd
+
+        if self._table is None:
+            self._make_table()
+        table, scales, rate, dtype = self._table
+        rate.fill_(self.param_groups[0]["lr"])  # the same for all groups, but for their lr_factor
+        momentum_sgd[(len(table),)](
+            table,
+            scales,
+            rate,
+            MOMENTUM=self.param_groups[0]["momentum"],
+            COPY=tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
+            BLOCK=self.BLOCK,
+            num_warps=8,
+        )
+
+    def _make_table(self) -> None:
+        rows, scales = [], []
+        for group in self.param_groups:
+            for p in group["params"]:
+                copy = self.copies.get(p)
+                tensors = (p, self.velocity(p), p.grad, *([] if copy is None else [copy]))
+                assert all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors)
+                addresses = [t.data_ptr() for t in (p, self.velocity(p), p.grad)]
+                addresses.append(0 if copy is None else copy.data_ptr())
+                for first in range(0, p.numel(), self.BLOCK):
+                    rows.append([*addresses, first, p.numel()])
+                    scales.append([group["lr_factor"], group["weight_decay"]])
+        device = self.param_groups[0]["params"][0].device
+        dtype = next((c.dtype for c in self.copies.values()), torch.float32)
+        self._table = (
+            torch.tensor(rows, dtype=torch.int64, device=device),
+            torch.tensor(scales, dtype=torch.float32, device=device),
+            torch.zeros(1, device=device),
+            dtype,
+        )
 
 
 def parameter_groups(model: nn.Module, optim: Optim) -> list[dict]:

@@ -8,36 +8,86 @@ import horovod.torch as hvd
 import torch
 from torch import Tensor, nn
 
+from job.config import Config
 from job.optim import MomentumSGD
 
 
-class Gradients:
-    """Allreduce of gradients, overlapped with the backward pass; then every rank makes the same update."""
+class Alone:
+    """No averaging: this rank for itself, as measurements need it."""
 
-    def __init__(self, model: nn.Module, optimizer: MomentumSGD):
-        self.optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+    def __init__(self, optimizer: MomentumSGD):
+        self.optimizer = optimizer
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of this rank's loss; each is on the wire as soon as it is ready."""
+        """Gradients of this rank's loss by autograd."""
         self.optimizer.zero_grad()
         loss.backward()
 
+    def reduce(self, params: list[nn.Parameter]) -> None:
+        """Gradients of `params` are complete, in a pass that does without autograd."""
+
     def communicate(self) -> None:
         """Wait for what of the allreduce the backward pass did not hide."""
-        self.optimizer.synchronize()
 
     def update(self) -> None:
+        self.optimizer.step()
+
+    def after_update(self, step: int) -> None:
+        """What is due behind the update of `step`."""
+
+    def equalise(self) -> None:
+        """Make the state of all ranks equal. Also called before a validation or a checkpoint."""
+
+
+class Gradients(Alone):
+    """Allreduce of gradients, overlapped with the backward pass; then every rank makes the same update.
+
+    Args:
+        wire: "fp32", or "fp16": gradients travel as half-precision numbers, half the bytes.
+        autograd: gradients come from `backward`; otherwise they are handed in by `reduce`.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: MomentumSGD, wire: str = "fp32", autograd: bool = True):
+        self._compression = hvd.Compression.fp16 if wire == "fp16" else hvd.Compression.none
+        self._autograd = autograd
+        self._under_way: list[tuple] = []
+        self.optimizer = optimizer
+        if autograd:
+            self.optimizer = hvd.DistributedOptimizer(
+                optimizer, named_parameters=model.named_parameters(), compression=self._compression
+            )
+
+    def reduce(self, params: list[nn.Parameter]) -> None:
+        """Begin to average the gradients of `params`, which are complete, as one message."""
+        if hvd.size() == 1:
+            return
+        packed = [self._compression.compress(p.grad) for p in params]
+        tensors = [tensor for tensor, _ in packed]
+        name = f"gradients_{len(self._under_way)}"
+        handle = hvd.grouped_allreduce_async_(tensors, op=hvd.Average, name=name)
+        self._under_way.append((handle, params, packed))
+
+    def communicate(self) -> None:
+        """Wait for what of the allreduce the backward pass did not hide."""
+        if self._autograd:
+            self.optimizer.synchronize()
+            return
+        for handle, params, packed in self._under_way:
+            hvd.synchronize(handle)
+            for p, (tensor, context) in zip(params, packed, strict=True):
+                if tensor is not p.grad:
+                    p.grad.copy_(self._compression.decompress(tensor, context))
+        self._under_way.clear()
+
+    def update(self) -> None:
+        if not self._autograd:
+            self.optimizer.step()
+            return
         with self.optimizer.skip_synchronize():
             self.optimizer.step()
 
-    def after_update(self, step: int) -> None:
-        pass
 
-    def equalise(self) -> None:
-        pass
-
-
-class Weights:
+class Weights(Alone):
     """The report's method: each rank updates with its own gradients, then weights and momenta are averaged.
 
     Ding et al. 2014, section 2.3. Parameters and velocities become views of one flat buffer, so that the average is one
@@ -49,28 +99,20 @@ class Weights:
         self.optimizer = optimizer
         self.every = every
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        self.flat = torch.zeros(2 * sum(p.numel() for p in params), device=params[0].device, dtype=params[0].dtype)
+        # Each begins at a multiple of 16 bytes, as kernels want it.
+        size = sum(2 * _rounded(p.numel()) for p in params)
+        self.flat = torch.zeros(size, device=params[0].device, dtype=params[0].dtype)
         offset = 0
         with torch.no_grad():
             for param in params:
                 for tensor, place in ((param.data, "weight"), (optimizer.velocity(param), "velocity")):
                     view = self.flat[offset : offset + tensor.numel()].view(tensor.shape)
                     view.copy_(tensor)
-                    offset += tensor.numel()
+                    offset += _rounded(tensor.numel())
                     if place == "weight":
                         param.data = view
                     else:
                         optimizer.state[param]["velocity"] = view
-
-    def backward(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad()
-        loss.backward()
-
-    def communicate(self) -> None:
-        pass
-
-    def update(self) -> None:
-        self.optimizer.step()
 
     def after_update(self, step: int) -> None:
         if (step + 1) % self.every == 0:
@@ -80,8 +122,18 @@ class Weights:
         """Average weights and velocities of all ranks. Also called before a validation or a checkpoint."""
         if hvd.size() > 1:
             hvd.allreduce_(self.flat, name="weights_and_momenta", op=hvd.Average)
+            self.optimizer.refresh()
 
 
-def make_strategy(name: str, model: nn.Module, optimizer: MomentumSGD, average_every: int) -> Gradients | Weights:
-    """The strategy of setting `parallel`."""
-    return Gradients(model, optimizer) if name == "gradients" else Weights(model, optimizer, average_every)
+def _rounded(count: int) -> int:
+    """`count` numbers, and what fills them up to a multiple of four."""
+    return -(-count // 4) * 4
+
+
+def make_strategy(
+    config: Config, model: nn.Module, optimizer: MomentumSGD, autograd: bool = True
+) -> Gradients | Weights:
+    """The strategy of setting `parallel`, for gradients from autograd or by hand."""
+    if config.parallel == "gradients":
+        return Gradients(model, optimizer, config.wire, autograd)
+    return Weights(model, optimizer, config.average_every)

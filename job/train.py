@@ -20,7 +20,6 @@ def train(config: settings.Config) -> None:
     """One rank's part of a training run. Raises InputError, Stopped (checkpoint written) or Failed."""
     import horovod.torch as hvd
     import torch
-    import torch.nn.functional as F
 
     from job import heartbeat
     from job import synthetic as synthetic_data
@@ -29,8 +28,9 @@ def train(config: settings.Config) -> None:
     from job.evaluate import validate
     from job.loader import Loader
     from job.model import build
-    from job.optim import MomentumSGD, learning_rate, parameter_groups
+    from job.optim import learning_rate
     from job.parallel import make_strategy
+    from job.passes import choose_kernels, make_optimizer, make_pass, set_determinism
     from job.progress import Progress
     from job.ranks import Failed, Stopped, StopSignals, pick_device
     from job.resume import find_resume, fingerprint, restore
@@ -71,8 +71,10 @@ def train(config: settings.Config) -> None:
 
     # The network, its optimizer and the way in which ranks act together.
     model = build(config).to(device)
-    optimizer = MomentumSGD(parameter_groups(model, config.optim), config.optim.lr, config.optim.momentum)
-    strategy = make_strategy(config.parallel, model, optimizer, config.average_every)
+    kernels = choose_kernels(config, device)
+    set_determinism(config.deterministic)
+    optimizer = make_optimizer(config, model, kernels)
+    strategy = make_strategy(config, model, optimizer, autograd=kernels == "plain")
     optimizer = strategy.optimizer
     if rank == 0 and resumed["path"]:
         restore(resumed["path"], model, optimizer)
@@ -100,6 +102,7 @@ def train(config: settings.Config) -> None:
         )
     val_loader = Loader(val_split, **shared, global_batch=batch, train=False) if val_split else None
     mean = load_mean(split, device)
+    this_pass = make_pass(config, model, strategy, mean, kernels, batch // world_size)
 
     checkpoints = CheckpointWriter(log.path("checkpoints"), config.checkpoint_keep, log.warn)
     losses, timer = LateLoss(device), StepTimer(device)
@@ -162,18 +165,14 @@ def train(config: settings.Config) -> None:
         if resumed["owed"]:  # the run was stopped at the end of an epoch
             save(validate_now(), owed=False)
         progress.restart_clock()
-        for item, images, labels in to_device(loader, device, mean) if step < last_step else ():
+        for item, images, labels in to_device(loader, device, this_pass.prepare) if step < last_step else ():
             rate = learning_rate(config.optim, step, batch, nsamples, total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            # Dropout from (seed, step, rank) alone: a resumed run draws what the undisturbed one would have drawn.
-            torch.manual_seed(random_seed(config.seed, step, rank))
-
             trace.before(step)
             timer.start(item.wait_seconds)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = F.cross_entropy(model(images), labels)
-            strategy.backward(loss)
+            # Dropout from (seed, step, rank) alone: a resumed run draws what the undisturbed one would have drawn.
+            loss = this_pass.run(images, labels, random_seed(config.seed, step, rank))
             timer.mark(COMPUTE)
             strategy.communicate()
             timer.mark(EXPOSED)
@@ -328,6 +327,8 @@ def main() -> None:
     config = settings.parse(None, "python -m job.train", DESCRIPTION)
     if config.timeline:
         os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # lets a timeline begin once the run directory is there
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
     # Horovod: initialise. Only now, so that --help and wrong options cost nothing.
     from job.ranks import run_ranks
 

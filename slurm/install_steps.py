@@ -419,6 +419,8 @@ def installed(requirement: str) -> bool:
     from pip._vendor.packaging.requirements import Requirement
 
     wanted = Requirement(requirement)
+    if wanted.marker and not wanted.marker.evaluate():
+        return True  # not for this platform
     version = distribution(wanted.name)
     return bool(version) and wanted.specifier.contains(version, prereleases=True)
 

@@ -86,6 +86,10 @@ def test_kernel_agrees_in_the_interpreter(monkeypatch):
     kernel_agrees("cpu", bf16_tolerance=2**-7)  # the interpreter cuts off where a GPU rounds
 
 
+def without_mean(images, offsets, mirror):
+    return prepare(images, offsets, mirror, None)
+
+
 @gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("workers", [0, 2])
@@ -97,7 +101,7 @@ def test_batches_reach_the_gpu_whole(tmp_path, workers):
         Loader(split, **arguments, workers=0) as plain,
         Loader(split, **arguments, workers=workers, pin=True) as pinned,
     ):
-        batches = to_device(pinned, "cuda", None)
+        batches = to_device(pinned, "cuda", without_mean)
         kept = []
         for _ in range(40):
             expected = next(plain)
@@ -115,7 +119,9 @@ def test_batches_to_the_cpu(tmp_path):
     np.save(tmp_path / "mean.npy", np.full((12, 12, 3), 10, np.float32))
     arguments = dict(rank=0, world_size=1, global_batch=8, crop=9, workers=0)
     with Loader(split, **arguments) as loader, Loader(split, **arguments) as again:
-        for batch, (item, images, labels), _ in zip(loader, to_device(again, "cpu", None), range(5), strict=False):
+        for batch, (item, images, labels), _ in zip(
+            loader, to_device(again, "cpu", without_mean), range(5), strict=False
+        ):
             assert item.step == batch.step and torch.equal(labels, batch.labels)
             assert images.shape == (8, 3, 9, 9)
             for image, crop, mirrored in zip(images, batch.images, batch.mirror, strict=True):

@@ -1,0 +1,119 @@
+"""A rank's forward and backward pass: in plain PyTorch, or at the speed of the GPU (job.fast). Both do the same.
+
+In: a batch on the device. Out: its loss, and gradients that the strategy among the ranks has begun to average.
+"""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from job import fast
+from job.augment import prepare
+from job.config import Config
+from job.model import AlexNet
+from job.optim import FusedSGD, MomentumSGD, parameter_groups
+from job.parallel import Gradients, Weights
+from shards.cli import InputError
+
+log = logging.getLogger(__name__)
+
+
+def choose_kernels(config: Config, device: torch.device) -> str:
+    """`fast` or `plain`, from setting `kernels`; `auto` takes the fast ones where they run.
+
+    Raises:
+        InputError: `fast` is wanted and cannot run here.
+    """
+    if config.kernels == "plain":
+        return "plain"
+    reason = fast.unsupported(device)
+    if not reason:
+        return "fast"
+    if config.kernels == "fast":
+        raise InputError(f"--kernels fast: {reason}; use --kernels plain")
+    if device.type == "cuda":
+        log.warning("the plain kernels are used, at about a third of the speed: %s", reason)
+    return "plain"
+
+
+def set_determinism(wanted: bool) -> None:
+    """Let CUDA's libraries choose the fastest way by trying, or only ways that give the same bits every time."""
+    torch.backends.cudnn.benchmark = not wanted
+    torch.backends.cudnn.deterministic = wanted
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # all of it is written before it is read
+
+
+def make_optimizer(config: Config, model: AlexNet, kernels: str) -> MomentumSGD:
+    """The optimizer that goes with a pass."""
+    kind = FusedSGD if kernels == "fast" else MomentumSGD
+    return kind(parameter_groups(model, config.optim), config.optim.lr, config.optim.momentum)
+
+
+class PlainPass:
+    """Autograd, with gradients on the wire as soon as each is ready.
+
+    Args:
+        mean: mean image of the stored images, or None; see `job.augment.load_mean`.
+    """
+
+    def __init__(self, config: Config, model: AlexNet, strategy: Gradients | Weights, mean: Tensor | None):
+        self._config, self._model, self._strategy, self._mean = config, model, strategy, mean
+        self._device = next(model.parameters()).device
+
+    def prepare(self, images: Tensor, offsets: Tensor, mirror: Tensor) -> Tensor:
+        """uint8 crops (N, S, S, 3) as the network's input, float32 (N, 3, S, S)."""
+        return prepare(images, offsets, mirror, self._mean)
+
+    def run(self, images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        """Loss of a batch; afterwards the strategy has this rank's gradients. `seed` sets what dropout draws."""
+        torch.manual_seed(seed)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bf16"):
+            loss = F.cross_entropy(self._model(images), labels)
+        self._strategy.backward(loss)
+        return loss
+
+
+class FastPass:
+    """`PlainPass` by the kernels of job.fast. To be made once model and optimizer are in place: it keeps addresses."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: AlexNet,
+        strategy: Gradients | Weights,
+        mean: Tensor | None,
+        batch: int,
+    ):
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self._network = fast.Network(model, batch, dtype)
+        self._strategy, self._mean = strategy, mean
+        strategy.optimizer.copies.update(self._network.copies)
+        strategy.optimizer.refresh()
+
+    def prepare(self, images: Tensor, offsets: Tensor, mirror: Tensor) -> Tensor:
+        """uint8 crops (N, S, S, 3) as the network's input; the next call writes over it."""
+        return self._network.prepare(images, offsets, mirror, self._mean)
+
+    def run(self, images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        """As of `PlainPass`; `images` is what `prepare` returned last. The next call writes over the loss."""
+        network = self._network
+        assert images is network.images
+        network.labels.copy_(labels)
+        network.seed.fill_(seed)
+        network.head()
+        self._strategy.reduce(network.head_parameters)
+        network.tail()
+        self._strategy.reduce(network.tail_parameters)
+        return network.loss
+
+
+def make_pass(
+    config: Config, model: AlexNet, strategy: Gradients | Weights, mean: Tensor | None, kernels: str, batch: int
+) -> PlainPass | FastPass:
+    """The pass for `batch` images a step of this rank."""
+    if kernels == "fast":
+        return FastPass(config, model, strategy, mean, batch)
+    return PlainPass(config, model, strategy, mean)

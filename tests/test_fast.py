@@ -1,0 +1,242 @@
+"""The fast path against its plain twin: losses, all gradients, updates. On a GPU, or in Triton's interpreter."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from job.augment import prepare_plain
+from job.config import Optim
+from job.model import AlexNet, pool
+from job.model import lrn as normalise
+from job.optim import FusedSGD, MomentumSGD, parameter_groups
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    if not CUDA:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.manual_seed(0)
+
+
+def network(lrn="after-pool", image_size=67, classes=7, width=0.25, dropout=0.0) -> AlexNet:
+    """A network whose biases are not all alike, so that an exchange of two would show."""
+    model = AlexNet(classes, image_size, lrn, dropout, width).to(DEVICE).train()
+    with torch.no_grad():
+        for name in LAYERS:
+            bias = getattr(model, name).bias
+            bias += 0.1 * torch.randn_like(bias)
+    return model
+
+
+def batch_for(model: AlexNet, n: int):
+    """Crops, offsets, mirror, mean image, labels."""
+    size = model.image_size
+    images = torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, device=DEVICE)
+    offsets = torch.randint(0, 9, (n, 2), dtype=torch.int32, device=DEVICE)
+    mirror = torch.arange(n, device=DEVICE) % 2 == 1
+    mean = 255 * torch.rand(size + 8, size + 8, 3, device=DEVICE)
+    labels = torch.randint(model.fc8.out_features, (n,), device=DEVICE)
+    return images, offsets, mirror, mean, labels
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the second."""
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
+
+
+def run_fast(model, batch, dtype, graphs=CUDA, seed=0):
+    from job.fast import Network
+
+    images, offsets, mirror, mean, labels = batch
+    fast = Network(model, len(images), dtype, graphs=graphs)
+    fast.prepare(images, offsets, mirror, mean)
+    fast.labels.copy_(labels)
+    fast.seed.fill_(seed)
+    fast.head()
+    fast.tail()
+    return fast
+
+
+CASES = [
+    ("after-pool", 67, 3, 0.25, 7),
+    ("before-pool", 67, 2, 0.25, 7),
+    ("none", 75, 1, 0.3, 10),
+    ("after-pool", 83, 2, 0.5, 12),
+    ("before-pool", 70, 5, 0.1, 3),
+]
+if CUDA:
+    CASES += [("after-pool", 227, 5, 1.0, 1000), ("before-pool", 227, 33, 1.0, 1000), ("none", 131, 7, 1.0, 10)]
+
+
+@pytest.mark.parametrize(("lrn", "size", "n", "width", "classes"), CASES)
+def test_gradients_are_those_of_autograd(lrn, size, n, width, classes):
+    """Float32, all parameters, against the plain network in float64; no further from it than 1e-5, or than autograd
+    in float32 is (cuDNN has float32 convolutions with errors of 2e-4)."""
+    model = network(lrn, size, classes, width)
+    batch = batch_for(model, n)
+    images, offsets, mirror, mean, labels = batch
+    x = prepare_plain(images, offsets, mirror, mean)
+    exact = copy.deepcopy(model).double()
+    F.cross_entropy(exact(x.double()), labels).backward()
+    twin = copy.deepcopy(model)
+    F.cross_entropy(twin(x), labels).backward()
+    fast = run_fast(model, batch, torch.float32)
+    loss = F.cross_entropy(exact(x.double()), labels).detach()
+    assert abs(fast.loss.item() - loss.item()) < 1e-5 * max(1, loss.item())
+    for (name, p), q, t in zip(model.named_parameters(), exact.parameters(), twin.parameters(), strict=True):
+        assert p.grad.is_contiguous() and p.grad.dtype == torch.float32
+        assert distance(p.grad, q.grad) < max(1e-5, 2 * distance(t.grad, q.grad)), name
+
+
+def test_the_input_as_blocks_holds_every_pixel_once():
+    """Mean, mirror and the order of the 48 channels, against the plain pass."""
+    model = network(image_size=70)
+    images, offsets, mirror, mean, labels = batch = batch_for(model, 3)
+    fast = run_fast(model, batch, torch.float32, graphs=False)
+    side = fast.images.shape[1]
+    expected = torch.zeros(3, 3, 4 * side, 4 * side, device=DEVICE)
+    plain = prepare_plain(images, offsets, mirror, mean)[:, :, : 4 * side, : 4 * side]
+    expected[:, :, : plain.shape[2], : plain.shape[3]] = plain
+    blocks = expected.view(3, 3, side, 4, side, 4).permute(0, 2, 4, 3, 5, 1).reshape(fast.images.shape)
+    assert torch.equal(fast.images, blocks)
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x as a tensor of `dtype` holds it; Triton's interpreter cuts off where a GPU rounds."""
+    if dtype == torch.float32 or CUDA:
+        return x.to(dtype).float()
+    cut = (x.detach().view(torch.int32) & -65536).view(torch.float32)
+    return x + (cut - x).detach()
+
+
+def lrn_pool_parts(lrn: str, dtype: torch.dtype, n: int, channels: int, side: int):
+    """Outputs and gradients of one convolution's bias, ReLU, pool and LRN, fast and plain (float32 on same inputs)."""
+    from job.fast import Network
+
+    model = network(lrn)
+    fast = Network(model, n, dtype, graphs=False)
+    z = (20 * torch.randn(n, channels, side, side, device=DEVICE)).to(dtype).to(memory_format=torch.channels_last)
+    bias = torch.randn(channels, device=DEVICE, requires_grad=True)
+    bias.grad = torch.zeros_like(bias)
+    outs, kept = fast._pool_and_normalise([z], bias, split=True)
+    d = torch.randn_like(torch.cat(outs, 1))
+    (dz,) = fast._pool_and_normalise_backward(list(d.chunk(2, 1)), kept, bias, split=False)
+    source = z.float().requires_grad_()
+    plain_bias = bias.detach().clone().requires_grad_()
+    activations = F.relu(source + plain_bias[:, None, None])
+    if lrn == "before-pool":  # which of two neighbours is the larger is decided behind the rounding
+        out = pool(rounded(normalise(activations), dtype))
+    else:
+        out = model.pool_and_normalise(activations)
+    out.backward(d.float())
+    return [(torch.cat(outs, 1), out), (dz, source.grad), (bias.grad, plain_bias.grad)]
+
+
+@pytest.mark.parametrize("lrn", ["after-pool", "before-pool", "none"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_pool_and_lrn_agree_at_either_precision(lrn, dtype, tolerance):
+    for n, channels, side in ((1, 24, 15), (3, 10, 8), *([(5, 96, 55), (33, 256, 27)] if CUDA else [])):
+        for fast, plain in lrn_pool_parts(lrn, dtype, n, channels, side):
+            assert distance(fast, plain) < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_loss_and_its_gradient_agree_at_either_precision(dtype, tolerance):
+    from job.fast import Network
+
+    for n, classes in ((3, 7), (5, 129), *([(129, 1000)] if CUDA else [])):
+        fast = Network(network(classes=classes), n, dtype, graphs=False)
+        fast.labels.copy_(torch.randint(classes, (n,)))
+        logits = torch.randn(n, classes, device=DEVICE).to(dtype)
+        bias = torch.randn(classes, device=DEVICE)
+        source = logits.float().requires_grad_()
+        loss = F.cross_entropy(source + bias, fast.labels)
+        loss.backward()
+        found = fast._cross_entropy(logits, bias)
+        assert distance(found, loss) < tolerance and distance(logits, source.grad) < tolerance
+
+
+def test_dropout_drops_its_share_by_the_seed_and_scales_the_rest():
+    from job.fast import Network
+
+    fast = Network(network(dropout=0.4), 2, torch.float32, graphs=False)
+    bias = torch.ones(300, device=DEVICE)
+
+    def dropped(seed: int, layer: int) -> torch.Tensor:
+        fast.seed.fill_(seed)
+        z = torch.ones(40, 300, device=DEVICE)
+        fast._bias_relu_drop(z, bias, layer)
+        return z
+
+    one = dropped(2**62 + 5, 0)
+    assert one.unique().tolist() == [0.0, pytest.approx(2 / 0.6)]
+    share = float((one == 0).float().mean())
+    assert abs(share - 0.4) < 4 * (0.4 * 0.6 / one.numel()) ** 0.5
+    assert torch.equal(one, dropped(2**62 + 5, 0))
+    for other in (dropped(2**62 + 6, 0), dropped(2**62 + 5, 1)):
+        same = float(((one == 0) == (other == 0)).float().mean())
+        assert abs(same - (0.4**2 + 0.6**2)) < 0.03  # independent
+    # Backward: what was dropped has no gradient, the rest the same factor.
+    d = torch.ones_like(one)
+    bias_gradient = torch.zeros_like(bias)
+    fast._relu_backward([d], [one], d, bias_gradient, dropped=True)
+    assert torch.allclose(d, (one > 0) / 0.6) and torch.allclose(bias_gradient, d.sum(0))
+
+
+def test_the_fused_update_is_the_plain_one_and_writes_copies():
+    plain, fused = network(), network()
+    fused.load_state_dict(plain.state_dict())
+    optim = Optim(weight_decay=0.01)
+    one = MomentumSGD(parameter_groups(plain, optim), 0.01, 0.9)
+    two = FusedSGD(parameter_groups(fused, optim), 0.01, 0.9)
+    two.copies[fused.fc6.weight] = torch.empty_like(fused.fc6.weight, dtype=torch.bfloat16)
+    for rate in (0.01, 0.005, 0.1):
+        for group in (*one.param_groups, *two.param_groups):
+            group["lr"] = rate
+        for p, q in zip(plain.parameters(), fused.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone() if q.grad is None else q.grad.copy_(p.grad)
+        one.step()
+        two.step()
+    for p, q in zip(plain.parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(two.velocity(q), one.velocity(p), rtol=1e-5, atol=1e-6)
+    copied = two.copies[fused.fc6.weight].float()
+    torch.testing.assert_close(copied, fused.fc6.weight.detach(), rtol=2**-7, atol=0)
+    with torch.no_grad():
+        fused.fc6.weight.zero_()
+    two.refresh()
+    assert not two.copies[fused.fc6.weight].any()
+
+
+def test_what_is_not_a_number_shows_in_the_loss():
+    model = network("before-pool")
+    with torch.no_grad():
+        model.conv1.weight[3, 0, 5, 5] = float("nan")
+    fast = run_fast(model, batch_for(model, 2), torch.float32)
+    assert fast.loss.isnan()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA GPU")
+def test_graphs_compute_what_the_kernels_do_and_the_same_seed_gives_the_same_bits():
+    model = network("after-pool", 227, 1000, 1.0, dropout=0.5)
+    batch = batch_for(model, 64)
+    torch.backends.cudnn.deterministic = True
+    try:
+        found = []
+        for graphs in (False, True, True):
+            fast = run_fast(model, batch, torch.bfloat16, graphs, seed=3)
+            found.append([fast.loss.clone(), *(p.grad.clone() for p in model.parameters())])
+    finally:
+        torch.backends.cudnn.deterministic = False
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
