@@ -32,13 +32,14 @@ def _store(a, b, row, column, value, mask, C: tl.constexpr, SPLIT: tl.constexpr)
 
 
 @triton.jit
-def _neighbours(a, b, row, channel, mask, C: tl.constexpr, SPLIT: tl.constexpr):
-    """Sum over the two channels on either side, read from memory: they lie in other threads' registers."""
-    total = tl.zeros(mask.shape, tl.float32)
-    for shift in tl.static_range(-2, 3):
-        if shift != 0:
-            there = mask & (channel + shift >= 0) & (channel + shift < C)
-            total += _load(a, b, row, channel + shift, there, C, SPLIT).to(tl.float32)
+def _window_sum(x, R: tl.constexpr, CB: tl.constexpr):
+    """Sum over the five channels around each. x: (R, CB), zero beyond the last channel."""
+    channel = tl.broadcast_to(tl.arange(0, CB)[None, :], (R, CB))
+    total = x
+    for shift in tl.static_range(1, 3):
+        above = tl.gather(x, tl.minimum(channel + shift, CB - 1), axis=1)
+        below = tl.gather(x, tl.maximum(channel - shift, 0), axis=1)
+        total += tl.where(channel + shift < CB, above, 0.0) + tl.where(channel >= shift, below, 0.0)
     return total
 
 
@@ -46,19 +47,8 @@ def _neighbours(a, b, row, channel, mask, C: tl.constexpr, SPLIT: tl.constexpr):
 def _activation(z_a, z_b, bias, row, channel, mask, C: tl.constexpr, SPLIT: tl.constexpr):
     """ReLU(z + bias), zero outside of the mask."""
     a = _load(z_a, z_b, row, channel, mask, C, SPLIT).to(tl.float32)
-    a += tl.load(bias + channel, mask=(channel >= 0) & (channel < C), other=0.0)
+    a += tl.load(bias + channel, mask=channel < C, other=0.0)
     return tl.where(mask & ((a > 0) | (a != a)), a, 0.0)  # not a number stays not a number
-
-
-@triton.jit
-def _squares(z_a, z_b, bias, row, channel, mask, C: tl.constexpr, SPLIT: tl.constexpr):
-    """Sum of the squares of the activations of five channels."""
-    total = tl.zeros(mask.shape, tl.float32)
-    for shift in tl.static_range(-2, 3):
-        there = mask & (channel + shift >= 0) & (channel + shift < C)
-        a = _activation(z_a, z_b, bias, row, channel + shift, there, C, SPLIT)
-        total += a * a
-    return total
 
 
 @triton.jit
@@ -111,17 +101,9 @@ def pool_forward(
         best = tl.where(best < 0, 0.0, best)
     best = best.to(out_a.dtype.element_ty)
     if LRN:
-        kept += image * (PH * PW * C)
-        tl.store(kept + pixel * C + channel, best, mask=mask)
-        tl.debug_barrier()
-        p = best.to(tl.float32)
-        squares = p * p
-        for shift in tl.static_range(-2, 3):
-            if shift != 0:
-                there = mask & (channel + shift >= 0) & (channel + shift < C)
-                other = tl.load(kept + pixel * C + channel + shift, mask=there, other=0).to(tl.float32)
-                squares += other * other
-        s = LRN_K + LRN_ALPHA * squares
+        tl.store(kept + image * (PH * PW * C) + pixel * C + channel, best, mask=mask)
+        p = tl.where(mask, best.to(tl.float32), 0.0)
+        s = LRN_K + LRN_ALPHA * _window_sum(p * p, R, CB)
         best = (p * tl.exp2(-LRN_BETA * tl.log2(s))).to(out_a.dtype.element_ty)
     if PLANES:
         tl.store(out_a + image * OUT + channel * (PH * PW) + pixel, best, mask=mask)
@@ -149,8 +131,17 @@ def lrn_forward(
     channel = tl.arange(0, CB)[None, :]
     mask = (row < rows) & (channel < C)
     a = _activation(z_a, z_b, bias, row, channel, mask, C, SPLIT_IN)
-    s = LRN_K + LRN_ALPHA * _squares(z_a, z_b, bias, row, channel, mask, C, SPLIT_IN)
+    s = LRN_K + LRN_ALPHA * _window_sum(a * a, R, CB)
     tl.store(out + row * C + channel, (a * tl.exp2(-LRN_BETA * tl.log2(s))).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _lrn_gradient(dn, a, R: tl.constexpr, CB: tl.constexpr, K: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr):
+    """Gradient of LRN's input `a` from that of its output; and through the ReLU that made `a`."""
+    s = K + ALPHA * _window_sum(a * a, R, CB)
+    power = tl.exp2(-BETA * tl.log2(s))
+    t = _window_sum(dn * a * power / s, R, CB)
+    return tl.where(a > 0, dn * power - 2 * ALPHA * BETA * a * t, 0.0)
 
 
 @triton.jit
@@ -192,22 +183,9 @@ def pooled_backward(
             d = _load(d_a, d_b, pixel, channel, mask, C, SPLIT).to(tl.float32)
             a = tl.load(kept + place, mask=mask, other=0).to(tl.float32)
         if LRN:
-            squares = a * a
-            for shift in tl.static_range(-2, 3):
-                if shift != 0:
-                    there = mask & (channel + shift >= 0) & (channel + shift < C)
-                    other = tl.load(kept + place + shift, mask=there, other=0).to(tl.float32)
-                    squares += other * other
-            s = LRN_K + LRN_ALPHA * squares
-            power = tl.exp2(-LRN_BETA * tl.log2(s))
-            # `out` holds the terms until their neighbours have read them.
-            t = d * a * power / s
-            tl.store(out + place, t.to(out.dtype.element_ty), mask=mask)
-            tl.debug_barrier()
-            t += _neighbours(out, out, pixel, channel, mask, C, False)
-            tl.debug_barrier()
-            d = d * power - 2 * LRN_ALPHA * LRN_BETA * a * t
-        d = tl.where(a > 0, d, 0.0)
+            d = _lrn_gradient(d, a, R, CB, LRN_K, LRN_ALPHA, LRN_BETA)
+        else:
+            d = tl.where(a > 0, d, 0.0)
         total += d
         tl.store(out + place, d.to(out.dtype.element_ty), mask=mask)
     column = tl.arange(0, CB)
@@ -320,26 +298,12 @@ def unpool_lrn(
         x = square % ((W + 1) // 2)
         mask = (square < SQUARES) & (channel < C)
         four = _unpool(d_a, d_b, index, y, x, channel, mask, PH, PW, C, SPLIT_D)
-        # `out` holds the terms of LRN's sum until their neighbours have read them.
         for i in tl.static_range(4):
             inside = mask & (2 * y + i // 2 < H) & (2 * x + i % 2 < W)
             at = (2 * y + i // 2) * W + 2 * x + i % 2
             a = _activation(z_a, z_b, bias, at, channel, inside, C, SPLIT)
-            s = LRN_K + LRN_ALPHA * _squares(z_a, z_b, bias, at, channel, inside, C, SPLIT)
-            t = four[i] * a * tl.exp2(-(LRN_BETA + 1) * tl.log2(s))
-            _store(out_a, out_b, at, channel, t.to(out_a.dtype.element_ty), inside, C, SPLIT)
-        tl.debug_barrier()
-        for i in tl.static_range(4):
-            inside = mask & (2 * y + i // 2 < H) & (2 * x + i % 2 < W)
-            at = (2 * y + i // 2) * W + 2 * x + i % 2
-            a = _activation(z_a, z_b, bias, at, channel, inside, C, SPLIT)
-            s = LRN_K + LRN_ALPHA * _squares(z_a, z_b, bias, at, channel, inside, C, SPLIT)
-            power = tl.exp2(-LRN_BETA * tl.log2(s))
-            t = four[i] * a * power / s + _neighbours(out_a, out_b, at, channel, inside, C, SPLIT)
-            dz = tl.where(a > 0, four[i] * power - 2 * LRN_ALPHA * LRN_BETA * a * t, 0.0)
+            dz = _lrn_gradient(four[i], a, R, CB, LRN_K, LRN_ALPHA, LRN_BETA)
             total += dz
-            # The pixel's terms are read by this tile's threads alone, and all have done so behind the barrier.
-            tl.debug_barrier()
             _store(out_a, out_b, at, channel, dz.to(out_a.dtype.element_ty), inside, C, SPLIT)
     column = tl.arange(0, CB)
     tl.store(partial + (image * T + tl.program_id(0)) * C + column, tl.sum(total, 0), mask=column < C)
