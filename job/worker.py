@@ -19,6 +19,7 @@ import traceback
 import numpy as np
 
 from job.order import crop_corner
+from shards import fastjpeg
 from shards.cli import InputError
 from shards.images import BadImage, as_rgb, decode, fit_image, simplejpeg
 from shards.reader import DamagedSample, ShardReader
@@ -129,6 +130,8 @@ class Decoder:
         split = job.split
         self._fixed = (split.height, split.width) if split.height and split.width else None
         self._scratch = np.empty((*(self._fixed or (0, 0)), 3), np.uint8)
+        self._fast = fastjpeg.decoder() if self._fixed and split.encoding != "raw" else None
+        self._address = slots.images.ctypes.data  # of the first slot's first row
 
     def close(self) -> None:
         self._reader.close()
@@ -176,13 +179,15 @@ class Decoder:
         raise InputError(f"not one image of {path} can be decoded; pack that shard again", everywhere=False)
 
     def _place(self, slot: int, row: int, data: memoryview) -> None:
-        """Decode an image and copy its crop into a row: the only copy of a pixel on the CPU after decoding."""
-        crop = self._job.crop
-        target = self._slots.images[slot, row]
+        """Decode an image's crop into a row, or copy it there: the only copy of a pixel on the CPU after decoding."""
+        crop, images = self._job.crop, self._slots.images
         if self._fixed is not None:
-            top, left = self._slots.offsets[slot, row]
-            target[:] = self._pixels(data)[top : top + crop, left : left + crop]
+            top, left = self._slots.offsets[slot, row].tolist()
+            address = self._address + slot * images.strides[0] + row * images.strides[1]
+            if self._fast is None or not self._fast.crop(data, self._fixed, (top, left), (crop, crop), address):
+                images[slot, row] = self._pixels(data)[top : top + crop, left : left + crop]
             return
+        target = images[slot, row]
         size = max(crop, round(crop * _RESIZE))
         image = decode(data, size)
         image = as_rgb(fit_image(image, size, "none"))

@@ -179,7 +179,7 @@ def encode(data: bytes, options: Options, pixels: tuple[int, ...] | None) -> Enc
     if pixels:
         image = np.frombuffer(data, np.uint8).reshape(pixels)
     else:
-        image = images.decode(data, at_least=options.resize)
+        image = images.decode(data, options.resize, square=options.resize > 0 and options.fit == "crop")
     image = images.fit_image(image, options.resize, options.fit)
     if options.encoding == "raw":
         return Encoded("raw", images.as_rgb(image).tobytes(), image.shape[:2], image)

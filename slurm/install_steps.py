@@ -456,6 +456,14 @@ def step_packages(extras: list[str], torch: Torch) -> None:
         pip("install", "--no-deps", "--editable", str(REPOSITORY), what="install this project")
 
 
+def step_decoder() -> None:
+    """Compile the JPEG decoder now, where there is a compiler: compute nodes may have none."""
+    code = "from shards import fastjpeg; print(fastjpeg.missing())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    reason = " ".join(done.stdout.split()) if done.returncode == 0 else done.stderr.strip().rpartition("\n")[2]
+    say(f"JPEG decoder: shards/jpeg.c is left out ({reason})" if reason else "JPEG decoder: shards/jpeg.c is compiled")
+
+
 # ---------------------------------------------------------------- Horovod
 
 
@@ -684,6 +692,7 @@ def main(arguments: list[str]) -> None:
     step_tools(options)
     torch = step_torch()
     step_packages(options.extras, torch)
+    step_decoder()
     step_check(step_horovod(options, torch, options.cache))
     say(f"done. In a new shell first: . {REPOSITORY}/slurm/activate.sh")
 

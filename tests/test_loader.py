@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from PIL import Image
 from job import loader as loader_module
 from job.loader import Loader
 from job.order import Order, batch_positions
-from shards import reader
+from shards import fastjpeg, reader
 from shards.cli import InputError
 from shards.split import load_split, save_column
 from tests.shardmaker import damage, image_offset, write_split
@@ -582,12 +583,40 @@ def test_images_of_any_kind_and_size(tmp_path, fixed, workers):
     assert seen == set(range(20))
 
 
+def noisy_jpeg(number):
+    file = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (24, 24, 3), np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG", quality=95)
+    return "jpg", file.getvalue()
+
+
+def without_fast_decoder(patch):
+    patch.setattr(fastjpeg, "decoder", lambda: None)
+    patch.setattr(fastjpeg, "missing", lambda: "no compiler")
+
+
+@settings(deadline=None, max_examples=10, suppress_health_check=list(HealthCheck))
+@given(crop=st.integers(1, 24), seed=st.integers(0, 99), bad=st.sets(st.integers(0, 119), max_size=4))
+def test_every_decoder_of_libjpeg_turbo_gives_the_same_bits(crop, seed, bad):
+    """Where a rank's host has no compiler, it still gets the batches of the others, damaged samples included."""
+    with tempfile.TemporaryDirectory() as folder:
+        noise = write_split(folder, [60, 60], 24, noisy_jpeg)
+        for number in bad:
+            damage(noise, number // 60, image_offset(noise, number // 60, number % 60) + 700, bytes(9))
+        arguments = dict(global_batch=8, crop=crop, seed=seed, max_bad_fraction=1.0)
+        expected = take(noise, 15, **arguments)
+        with pytest.MonkeyPatch.context() as patch:
+            without_fast_decoder(patch)
+            assert same(take(noise, 15, **arguments), expected)
+
+
 def test_pillow_alone_gives_nearly_the_same_and_says_so(photos, monkeypatch, caplog):
     expected = take(photos, 3, global_batch=8, crop=12)
     from job import worker
     from shards import images
 
-    for module in (worker, images, loader_module):
+    without_fast_decoder(monkeypatch)
+    for module in (worker, images):
         monkeypatch.setattr(module, "simplejpeg", None)
     got = take(photos, 3, global_batch=8, crop=12)
     assert caplog.text.count("simplejpeg is not installed") == 1 and "images/s" in caplog.text
