@@ -5,7 +5,6 @@ its own beside training, and the rest is one pass of a Triton kernel; elsewhere,
 """
 
 import functools
-import io
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 
 from job.loader import Batch
 from shards.cli import InputError
-from shards.split import Split, read_file
+from shards.split import Split, parse_npy, read_file
 
 _BLOCK = 1024  # values of an image that one Triton program makes
 
@@ -28,7 +27,7 @@ def load_mean(split: Split, device: torch.device | str = "cpu") -> torch.Tensor 
         return None
     path = split.path(split.mean)
     try:
-        mean = np.load(io.BytesIO(read_file(path)), allow_pickle=False)
+        mean = parse_npy(read_file(path))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the mean image {path}: {error}; pack the split again") from None
     if mean.ndim != 3 or mean.shape[2] != 3 or mean.dtype.kind != "f" or not np.isfinite(mean).all():

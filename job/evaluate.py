@@ -29,19 +29,21 @@ def validate(model, loader, mean, device, precision: str) -> dict[str, float]:
 
     Every rank calls it with its own part; one sum over ranks at the end makes the figures the same everywhere.
     Returns: top1 and top5 (fractions), loss (mean cross-entropy, nats), samples.
+    Raises InputError, on all ranks, when more samples are of no use than the loader allows.
     """
     import horovod.torch as hvd
     import torch
     import torch.nn.functional as F
 
     from job.augment import prepare, to_device
+    from job.loader import too_many_bad
 
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # right in 1, right in 5, loss, samples
+    sums = torch.zeros(5, dtype=torch.float64, device=device)  # right in 1, right in 5, loss, samples, bad ones
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            for _, images, labels in to_device(loader, device, lambda *parts: prepare(*parts, mean)):
+            for batch, images, labels in to_device(loader, device, lambda *parts: prepare(*parts, mean)):
                 scores = model(images).float()  # (n, classes)
                 five = scores.topk(min(5, scores.shape[1]), dim=1).indices  # (n, 5)
                 hits = five == labels[:, None]
@@ -49,9 +51,13 @@ def validate(model, loader, mean, device, precision: str) -> dict[str, float]:
                 sums[1] += hits.sum()
                 sums[2] += F.cross_entropy(scores, labels, reduction="none").double().sum()
                 sums[3] += len(labels)
+                sums[4] += batch.bad
     finally:
         model.train(was_training)
     sums = hvd.allreduce(sums.cpu(), name="validation", op=hvd.Sum)
+    bad = int(sums[4])
+    if bad > loader.max_bad_fraction * loader.split.nsamples:
+        raise InputError(too_many_bad(bad, loader.split, loader.max_bad_fraction))
     top1, top5, loss = (sums[:3] / sums[3]).tolist()
     return {"top1": top1, "top5": top5, "loss": loss, "samples": int(sums[3])}
 

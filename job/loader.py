@@ -42,8 +42,13 @@ _MOST_TASKS = 64
 _MESSAGE_BYTES = 1 << 15
 # A worker that died is replaced so often within so many seconds; then something is wrong that a new one does not mend.
 _RESTARTS, _RESTART_SECONDS = 5, 600.0
-# No image for so long: a line in the log; and then an error. A slow file system still gives one now and then.
-_STALL_WARNING, _STALL_ERROR = 60.0, 600.0
+# Not one image from all readers for so long: a line in the log; and then an error. A shard that hangs must end the job
+# within 60 s, and before the heartbeat does, at 70 s, which cannot name it. A file system that is only slow gives an
+# image now and then, and whoever once needed t seconds for one is not taken to hang before 4 t.
+_STALL_WARNING, _STALL_ERROR = 20.0, 50.0
+_SLOW_FACTOR = 4
+# Where shards are fetched from another machine: whole ones, which takes longer than that on a slow line.
+_STALL_ERROR_REMOTE = 600.0
 
 # Environment by which MPI would take a worker for a rank, or would make it one with too many threads.
 _MPI_VARIABLES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "MPI_", "HOROVOD_")
@@ -121,7 +126,8 @@ class Loader:
     Args:
         workers: reader processes; None: by the cores that this rank really has; 0: decode in this process.
         pin: register the slots with CUDA as pinned memory.
-        max_bad_fraction: of the split's samples, those that this rank may find unusable and replace.
+        max_bad_fraction: of the split's samples, those that may be found unusable and replaced: here by this rank
+            alone; job.progress and job.evaluate add the ranks up.
 
     Raises:
         InputError: here or while iterating: a crop larger than the images, missing or damaged shards, and the like.
@@ -146,7 +152,7 @@ class Loader:
         max_bad_fraction: float = 1e-3,
         pin: bool = False,
     ):
-        self.rows_read = 0  # grows while the readers get on
+        self._rows_done = 0  # of batches handed out
         self.bad_samples: dict[int, str] = {}  # number in the split -> name and reason, of those that were replaced
         self._workers: list[_Worker] = []
         self._closed = False
@@ -158,11 +164,12 @@ class Loader:
                 f"use an image size of at most {min(split.height, split.width)}, or pack larger ones"
             )
         _check_present(split, rank, world_size)
-        self._split, self._rank, self._world_size, self._train = split, rank, world_size, train
+        self.split, self._rank, self._world_size, self._train = split, rank, world_size, train
         self._global_batch, self._crop, self._seed = global_batch, crop, seed
         self._mirror, self._random_crop = train and mirror, train and random_crop
         self._bad_limit = max_bad_fraction * split.nsamples
-        self._max_bad_fraction = max_bad_fraction
+        self.max_bad_fraction = max_bad_fraction
+        self._stall_error = _STALL_ERROR_REMOTE if is_remote(split.root) else _STALL_ERROR
         self._label_of = load_labels(split)
         self._order = order.Order([s.nsamples for s in split.shards], seed, window, streams) if train else None
 
@@ -187,6 +194,7 @@ class Loader:
         self._by_slot: dict[int, _Pending] = {}
         self._held: collections.deque[int] = collections.deque()
         self._todo: collections.deque[tuple[int, int, int]] = collections.deque()
+        self._longest_wait = 0.0  # seconds until an image came after all
         self._restarts: collections.deque[float] = collections.deque(maxlen=_RESTARTS)
         self._decoder = Decoder(self._job, self._slots)  # of this process: for workers=0 and for names of samples
         # Asked for by the rank first: the decoder may have to be compiled, and then the workers find it.
@@ -207,6 +215,12 @@ class Loader:
         return self._memory_size
 
     @property
+    def rows_read(self) -> int:
+        """Images read so far, to see by whether the readers get on. May be asked for by another thread."""
+        here = [self._slots.used[batch.slot, : batch.rows] for batch in tuple(self._pending)]
+        return self._rows_done + sum(int(np.count_nonzero(used >= 0)) for used in here)
+
+    @property
     def pids(self) -> list[int]:
         """Process numbers of the workers."""
         return [worker.process.pid for worker in self._workers]
@@ -215,7 +229,7 @@ class Loader:
         """Batches of this rank in validation."""
         if self._train:
             raise TypeError("training has no last batch")
-        own = len(range(self._rank, self._split.nsamples, self._world_size))
+        own = len(range(self._rank, self.split.nsamples, self._world_size))
         return -(-own // self._job.rows)
 
     def __iter__(self) -> "Loader":
@@ -240,6 +254,7 @@ class Loader:
         del self._by_slot[batch.slot]
         self._held.append(batch.slot)
         self._next_batch += 1
+        self._rows_done += batch.rows
         slots, slot, rows = self._slots, batch.slot, slice(0, batch.rows)
         slots.labels[slot, rows] = self._label_of[slots.used[slot, rows]]
         return Batch(
@@ -286,7 +301,7 @@ class Loader:
     def _plan(self) -> bool:
         """Write the next batch's samples into a free slot. False: there is no further batch."""
         number = self._next_plan
-        split, slots = self._split, self._slots
+        split, slots = self.split, self._slots
         if self._train:
             positions = order.batch_positions(number, self._rank, self._world_size, self._global_batch)
             epochs, samples = self._order.samples(positions)
@@ -299,6 +314,7 @@ class Loader:
         slot, n = self._free.pop(0), samples.size
         words = order.draws(self._seed, epochs, samples)
         slots.samples[slot, :n] = samples
+        slots.used[slot, :n] = -1
         slots.words[slot, :n] = words
         slots.mirror[slot, :n] = order.mirrored(words) & self._mirror
         if self._random_crop:
@@ -340,17 +356,21 @@ class Loader:
             pass  # it has died: _listen finds its socket closed, and gives its tasks to another
 
     def _wait(self, ready: Callable[[], bool]) -> None:
-        """Take in answers until `ready`. Raises InputError when none comes for too long."""
-        progress, warned = time.monotonic(), False
+        """Take in answers until `ready`. Raises InputError when no image comes for too long."""
+        came, read, warned = time.monotonic(), self.rows_read, False
         while not ready():
-            if self._listen(1.0):
-                progress, warned = time.monotonic(), False
-            stalled = time.monotonic() - progress
-            if stalled > _STALL_ERROR:
-                raise InputError(f"no image came for {stalled:.0f} s: {self._in_work()}", everywhere=False)
-            if stalled > _STALL_WARNING and not warned:
-                log.warning("rank %d: no image for %.0f s: %s", self._rank, stalled, self._in_work())
-                warned = True
+            if not self._listen(1.0) and self.rows_read == read:
+                stalled = time.monotonic() - came
+                if stalled > max(self._stall_error, min(_SLOW_FACTOR * self._longest_wait, _STALL_ERROR_REMOTE)):
+                    raise InputError(
+                        f"no image came for {stalled:.0f} s: {self._in_work()}; its file system hangs", everywhere=False
+                    )
+                if stalled > _STALL_WARNING and not warned:
+                    log.warning("rank %d: no image for %.0f s: %s", self._rank, stalled, self._in_work())
+                    warned = True
+                continue
+            self._longest_wait = max(self._longest_wait, time.monotonic() - came)
+            came, read, warned = time.monotonic(), self.rows_read, False
 
     def _listen(self, seconds: float) -> bool:
         """Take in the workers' answers; wait for one at most so long. Whether there was one."""
@@ -375,7 +395,6 @@ class Loader:
             else:
                 worker.tasks.remove((slot, first, count))
                 self._by_slot[slot].left -= count
-                self.rows_read += count
         if answered:
             self._feed()
         return answered
@@ -409,7 +428,6 @@ class Loader:
             for sample, reason in self._decoder.fill(slot, first, count):
                 self._found_bad(slot, sample, reason)
             batch.left -= count
-            self.rows_read += count
 
     def _found_bad(self, slot: int, sample: int, reason: str) -> None:
         self._by_slot[slot].bad += 1
@@ -418,12 +436,7 @@ class Loader:
         self.bad_samples[sample] = text = f"{self._decoder.name(sample)}: {reason}"
         log.warning("rank %d: %s; the next one of its shard is used instead", self._rank, text)
         if len(self.bad_samples) > self._bad_limit:
-            raise InputError(
-                f"{len(self.bad_samples)} of the {self._split.nsamples} samples of {self._split.name} cannot be used, "
-                f"more than the allowed fraction of {self._max_bad_fraction:g}; the last is {text}; python -m "
-                f"shards.verify {self._split.root} lists them all",
-                everywhere=False,
-            )
+            raise InputError(too_many_bad(len(self.bad_samples), self.split, self.max_bad_fraction), everywhere=False)
 
     def _in_work(self) -> str:
         return "; ".join(f"a reader is at {self._first_of(w.tasks)}" for w in self._workers if w.tasks)
@@ -433,6 +446,14 @@ class Loader:
             return "no task"
         slot, first, _ = tasks[0]
         return self._decoder.name(int(self._slots.samples[slot, first]))
+
+
+def too_many_bad(count: int, split: Split, fraction: float) -> str:
+    """The error for a split of which more samples than `fraction` are of no use."""
+    return (
+        f"{count} of the {split.nsamples} samples of {split.name} cannot be used, more than the allowed fraction of "
+        f"{fraction:g} (--data.max-bad-fraction); the log names them, python -m shards.verify {split.root} lists all"
+    )
 
 
 def _end_workers(workers: list[_Worker]) -> None:

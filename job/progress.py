@@ -13,9 +13,12 @@ import horovod.torch as hvd
 import torch
 
 from job.gpu import gpu_use
+from job.loader import too_many_bad
 from job.ranks import Failed, StepReports
 from job.runlog import RunLog, duration, write_textfile
 from job.timing import StepTimer
+from shards.cli import InputError
+from shards.split import Split
 
 # First steps of a process, in which buffers are made and readers start: left out of images_per_second.
 WARMUP_STEPS = 10
@@ -61,14 +64,16 @@ class Progress:
         steady: sums without the warm-up; `whole`: with it.
     """
 
-    def __init__(self, config, log: RunLog, nsamples: int, steps: range, timer: StepTimer, device: torch.device):
-        self.config, self.log, self.nsamples, self.steps = config, log, nsamples, steps
+    def __init__(self, config, log: RunLog, split: Split, steps: range, timer: StepTimer, device: torch.device):
+        self.config, self.log, self.split, self.steps = config, log, split, steps
+        self.nsamples = split.nsamples
         self.stop = False
         self.warmup = min(WARMUP_STEPS, int(WARMUP_SHARE * len(steps)))
         self.steady, self.whole = Sums(self.warmup), Sums(0)
         self._recent = Sums(0)
         self._timer, self._device = timer, device
         self._reports, self._ranks = StepReports(), None
+        self._bad_epoch, self._bad = -1, 0  # samples of that epoch that could not be used, of all ranks
         self._own = self._own_before = 0.0, 0.0  # seconds of computing and of waiting for data, of this rank alone
         self._wait = 0.0
         self._hosts = hvd.allgather_object(socket.gethostname(), name="progress_hosts")
@@ -116,12 +121,22 @@ class Progress:
                 f"the loss is {loss / count} at step {step + 1} (epoch {epoch}); the checkpoints of {self.config.out} "
                 f"are as they were: resume with a lower --optim.lr or a longer --optim.warmup-epochs in another --out"
             )
+        self._count_bad(epoch, round(bad * len(self._hosts)))
         for sums in (self.steady, self.whole, self._recent):
             sums.add(loss, count, wait, elapsed, bad)
         self.stop = asked > 0
         if self._due(step):
             self._line(step, epoch, rate, ranks)
             self._recent.reset()
+
+    def _count_bad(self, epoch: int, bad: int) -> None:
+        """Raise InputError, on all ranks, when too many samples are of no use. In an epoch each comes once, so a count
+        of their replacements in it is one of samples."""
+        if epoch != self._bad_epoch:
+            self._bad_epoch, self._bad = epoch, 0
+        self._bad += bad
+        if self._bad > self.config.stream.max_bad_fraction * self.split.nsamples:
+            raise InputError(too_many_bad(self._bad, self.split, self.config.stream.max_bad_fraction))
 
     def _line(self, step: int, epoch: int, rate: float, ranks: list[list[float]]) -> None:
         recent, last = self._recent, self.steps[-1] + 1

@@ -83,7 +83,7 @@ def train(config: settings.Config) -> None:
     hvd.broadcast_parameters([(n, optimizer.velocity(p)) for n, p in model.named_parameters()], root_rank=0)
 
     # Readers of this rank's part of every batch.
-    workers = None if config.workers < 0 else config.workers
+    workers, bad = None if config.workers < 0 else config.workers, config.stream.max_bad_fraction
     shared = dict(rank=rank, world_size=world_size, crop=config.image_size, workers=workers, pin=device.type == "cuda")
     if synthetic:
         loader = synthetic_data.SyntheticLoader(split, **shared, global_batch=batch, start_step=first_step)
@@ -98,15 +98,17 @@ def train(config: settings.Config) -> None:
             random_crop=config.stream.random_crop,
             window=config.stream.window,
             streams=config.stream.streams,
-            max_bad_fraction=config.stream.max_bad_fraction,
+            max_bad_fraction=bad,
         )
-    val_loader = Loader(val_split, **shared, global_batch=batch, train=False) if val_split else None
+    val_loader = (
+        Loader(val_split, **shared, global_batch=batch, train=False, max_bad_fraction=bad) if val_split else None
+    )
     mean = load_mean(split, device)
     this_pass = make_pass(config, model, strategy, mean, kernels, batch // world_size)
 
     checkpoints = CheckpointWriter(log.path("checkpoints"), config.checkpoint_keep, log.warn)
     losses, timer = LateLoss(device), StepTimer(device)
-    progress = Progress(config, log, nsamples, range(first_step, last_step), timer, device)
+    progress = Progress(config, log, split, range(first_step, last_step), timer, device)
     trace = Trace(log.path("profile.json"), first_step, min(config.profile, last_step - first_step) if rank == 0 else 0)
     flat = settings.to_flat(config)
     seconds = {"validation": 0.0, "checkpoints": 0.0}  # besides the sections of a step

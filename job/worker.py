@@ -82,7 +82,9 @@ class Slots:
     words: np.ndarray  # uint64 random word of the sample
     offsets: np.ndarray  # int32 (.., 2) top and left of the crop; from the worker where images have no fixed size
     # From the worker.
-    used: np.ndarray  # int64 number in the split of the sample that came: another one where that was damaged
+    used: (
+        np.ndarray
+    )  # int64 number in the split of the sample that came: another one where that was damaged; -1: none yet
     # From the rank for itself.
     labels: np.ndarray  # int64
     mirror: np.ndarray  # bool
@@ -144,7 +146,6 @@ class Decoder:
         """
         rows = slice(first, first + count)
         samples = self._slots.samples[slot, rows]
-        self._slots.used[slot, rows] = samples
         shards = np.searchsorted(self._ends, samples, "right")
         inside = samples - (self._ends[shards] - np.array([self._job.split.shards[s].nsamples for s in shards]))
         replaced = []
@@ -153,6 +154,7 @@ class Decoder:
                 break
             try:
                 self._place(slot, row, self._reader.read(shard, number))
+                self._slots.used[slot, row] = samples[row - first]
             except (DamagedSample, BadImage) as error:
                 begin = int(samples[row - first]) - number
                 other = self._replace(slot, row, shard, number)

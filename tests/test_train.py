@@ -1,12 +1,17 @@
 """Training under horovodrun: the same result on any number of ranks, with either strategy, resumed or not."""
 
+import bisect
+import itertools
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
 
+from shards.split import image_member, load_split, read_idx
 from tests.launch import error_lines, horovodrun, metrics, python
+from tests.shardmaker import damage
 
 # A network small enough for many runs on two cores; everything else is as in real training.
 SMALL = ["--recipe", "demo", "--model.width", "0.125", "--model.dropout", "0", "--log-every", "1", "--workers", "1"]
@@ -136,3 +141,22 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     for checkpoint in (tmp_path / "run" / "checkpoints").glob("*.pt"):
         state = torch.load(checkpoint, weights_only=True)
         assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+@pytest.mark.parametrize(("name", "bad", "limit"), [("train", range(0, 3000, 400), 6), ("val", (10, 301), 1)])
+def test_unusable_samples_of_all_ranks_count_together(demo_data, tmp_path, name, bad, limit):
+    """Neither rank alone meets more than are allowed; together they do, and all end with one line."""
+    data = tmp_path / "data"
+    shutil.copytree(demo_data, data)
+    split = load_split(str(data), name)
+    ends = list(itertools.accumulate(shard.nsamples for shard in split.shards))
+    for sample in bad:
+        shard = bisect.bisect_right(ends, sample)
+        inside = sample - (ends[shard] - split.shards[shard].nsamples)
+        image = image_member(read_idx(split, split.shards[shard])[inside], split.encoding)
+        damage(split, shard, image.offset, bytes(100))
+    steps = ["--max-steps", "94" if name == "train" else "2"]
+    fraction = ["--data.max-bad-fraction", str(limit / split.nsamples)]
+    done = train(2, data, tmp_path / "run", *steps, *fraction, expect=2)
+    (line,) = error_lines(done)
+    assert f"{limit + 1} of the {split.nsamples} samples of {name} cannot be used" in line and "rank" not in line
