@@ -26,18 +26,22 @@ class Model:
     lrn: Literal["after-pool", "before-pool", "none"] = setting("after-pool", "place of local response normalisation")
     dropout: float = setting(0.5, "probability with which fc6 and fc7 outputs are dropped")
     width: float = setting(1.0, "factor on the channels of every hidden layer")
+    batch_norm: bool = setting(False, "batch normalisation of convolutions and the last pool; with lrn none")
     classes: int = setting(0, "number of classes; 0: as many as the shards name")
 
 
 @dataclass
 class Optim:
+    kind: Literal["sgd", "lars"] = setting("sgd", "sgd: with momentum; lars: a rate for each layer, for large batches")
     lr: float = setting(0.01, "learning rate of weights, before the schedule")
+    lars_trust: float = setting(1e-3, "kind lars: share of a layer's norm that a step changes, at learning rate 1")
     momentum: float = setting(0.9, "momentum of SGD")
-    weight_decay: float = setting(5e-4, "weight decay on weights; biases have none")
-    bias_lr: float = setting(2.0, "factor on the learning rate for biases")
-    schedule: Literal["step", "cosine", "constant"] = setting("step", "how the learning rate falls")
+    weight_decay: float = setting(5e-4, "weight decay on weights; biases and batch normalisation have none")
+    bias_lr: float = setting(2.0, "factor on the learning rate for biases and batch normalisation")
+    schedule: Literal["step", "cosine", "poly", "constant"] = setting("step", "how the learning rate falls")
     step_epochs: int = setting(20, "schedule step: epochs between two drops")
     step_factor: float = setting(0.1, "schedule step: factor of one drop")
+    poly_power: float = setting(2.0, "schedule poly: power of the part of the run that is left")
     warmup_epochs: float = setting(0.0, "epochs in which the rate rises linearly from near 0 to optim.lr")
 
 
@@ -247,9 +251,11 @@ def check(config: Config) -> None:
         ("model.width", 0 < config.model.width <= 16, "above 0, up to 16"),
         ("model.classes", config.model.classes >= 0, "0 or more"),
         ("optim.lr", 0 <= config.optim.lr < float("inf"), "0 or more"),
+        ("optim.lars-trust", 0 < config.optim.lars_trust < float("inf"), "above 0"),
         ("optim.momentum", 0 <= config.optim.momentum < 1, "from 0 to below 1"),
         ("optim.weight-decay", 0 <= config.optim.weight_decay < float("inf"), "0 or more"),
         ("optim.step-epochs", config.optim.step_epochs >= 1, "1 or more"),
+        ("optim.poly-power", 0 < config.optim.poly_power < float("inf"), "above 0"),
         ("optim.warmup-epochs", 0 <= config.optim.warmup_epochs < float("inf"), "0 or more"),
         ("data.window", config.stream.window >= 1, "1 or more"),
         ("data.streams", config.stream.streams >= 1, "1 or more"),
@@ -258,6 +264,11 @@ def check(config: Config) -> None:
     for name, good, wanted in limits:
         if not good:
             raise InputError(f"--{name} is {to_flat(config)[name]}; it must be {wanted}")
+    if config.parallel == "weights" and config.optim.kind == "lars":
+        raise InputError(
+            "--parallel weights averages what each rank's update made, and LARS is not linear in the gradient; "
+            "use --parallel gradients, or --optim.kind sgd"
+        )
 
 
 def write_yaml(values: dict[str, Any], path: str) -> None:

@@ -48,6 +48,10 @@ class AlexNet(nn.Module):
         lrn_place: "after-pool" (theano_alexnet), "before-pool" (the article) or "none".
         dropout: probability with which an output of fc6 and fc7 is zeroed in training.
         width: factor on the channels of every hidden layer (1: the published network).
+        batch_norm: AlexNet-BN. You, Gitman and Ginsburg (arXiv:1708.03888) put batch normalisation in the place of LRN;
+            Jia et al. (arXiv:1807.11205) add one behind the last pool, whose outputs they saw grow as training goes on
+            in large batches. Here: between each convolution and its ReLU, and behind the last pool; none in fc6 and
+            fc7, which keep their dropout. Convolutions have no biases then, for the normalisation takes them out again.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class AlexNet(nn.Module):
         lrn_place: str = "after-pool",
         dropout: float = 0.5,
         width: float = 1.0,
+        batch_norm: bool = False,
     ):
         super().__init__()
 
@@ -64,11 +69,18 @@ class AlexNet(nn.Module):
             return max(2, 2 * round(published * width / 2))  # even: two groups
 
         c1, c2, c3, c4, c5, hidden = map(channels, (96, 256, 384, 384, 256, 4096))
-        self.conv1 = nn.Conv2d(3, c1, 11, stride=4)  # 227 -> 55
-        self.conv2 = nn.Conv2d(c1, c2, 5, padding=2, groups=2)  # 27 -> 27
-        self.conv3 = nn.Conv2d(c2, c3, 3, padding=1)  # 13 -> 13
-        self.conv4 = nn.Conv2d(c3, c4, 3, padding=1, groups=2)  # 13 -> 13
-        self.conv5 = nn.Conv2d(c4, c5, 3, padding=1, groups=2)  # 13 -> 13
+        norm, bias = (nn.BatchNorm2d, False) if batch_norm else (nn.Identity, True)
+        self.conv1 = nn.Conv2d(3, c1, 11, stride=4, bias=bias)  # 227 -> 55
+        self.norm1 = norm(c1)
+        self.conv2 = nn.Conv2d(c1, c2, 5, padding=2, groups=2, bias=bias)  # 27 -> 27
+        self.norm2 = norm(c2)
+        self.conv3 = nn.Conv2d(c2, c3, 3, padding=1, bias=bias)  # 13 -> 13
+        self.norm3 = norm(c3)
+        self.conv4 = nn.Conv2d(c3, c4, 3, padding=1, groups=2, bias=bias)  # 13 -> 13
+        self.norm4 = norm(c4)
+        self.conv5 = nn.Conv2d(c4, c5, 3, padding=1, groups=2, bias=bias)  # 13 -> 13
+        self.norm5 = norm(c5)
+        self.norm6 = norm(c5)
         self.fc6 = nn.Linear(c5 * feature_size(image_size) ** 2, hidden)  # 9216 -> 4096
         self.fc7 = nn.Linear(hidden, hidden)
         self.fc8 = nn.Linear(hidden, classes)
@@ -86,22 +98,29 @@ class AlexNet(nn.Module):
         published spread, so that signals keep their size; narrow networks would not start to learn without.
         """
         for name, layer in self.named_children():
+            if not isinstance(layer, nn.Conv2d | nn.Linear):
+                continue
             spread = 0.005 if name in ("fc6", "fc7") else 0.01
             layer.weight.normal_(0, spread if name == "conv1" else spread / math.sqrt(self.width))
-            layer.bias.fill_(0.1 if name in ("conv2", "conv4", "fc6", "fc7") else 0.0)
+            if layer.bias is not None:
+                layer.bias.fill_(0.1 if name in ("conv2", "conv4", "fc6", "fc7") else 0.0)
 
     def pool_and_normalise(self, x: Tensor) -> Tensor:
         if self.lrn_place == "before-pool":
             return pool(lrn(x))
         return lrn(pool(x)) if self.lrn_place == "after-pool" else pool(x)
 
+    def features(self, x: Tensor) -> Tensor:  # (N, 3, 227, 227)
+        """What the convolutions give to fc6."""
+        x = self.pool_and_normalise(F.relu(self.norm1(self.conv1(x))))  # (N, 96, 27, 27)
+        x = self.pool_and_normalise(F.relu(self.norm2(self.conv2(x))))  # (N, 256, 13, 13)
+        x = F.relu(self.norm3(self.conv3(x)))  # (N, 384, 13, 13)
+        x = F.relu(self.norm4(self.conv4(x)))  # (N, 384, 13, 13)
+        x = self.norm6(pool(F.relu(self.norm5(self.conv5(x)))))  # (N, 256, 6, 6)
+        return x.flatten(1)  # (N, 9216)
+
     def forward(self, x: Tensor) -> Tensor:  # (N, 3, 227, 227)
-        x = self.pool_and_normalise(F.relu(self.conv1(x)))  # (N, 96, 27, 27)
-        x = self.pool_and_normalise(F.relu(self.conv2(x)))  # (N, 256, 13, 13)
-        x = F.relu(self.conv3(x))  # (N, 384, 13, 13)
-        x = F.relu(self.conv4(x))  # (N, 384, 13, 13)
-        x = pool(F.relu(self.conv5(x)))  # (N, 256, 6, 6)
-        x = x.flatten(1)  # (N, 9216)
+        x = self.features(x)  # (N, 9216)
         x = F.dropout(F.relu(self.fc6(x)), self.dropout, self.training)
         x = F.dropout(F.relu(self.fc7(x)), self.dropout, self.training)
         return self.fc8(x)  # (N, classes)
@@ -117,4 +136,5 @@ def build(config: Config) -> AlexNet:
             config.model.lrn,
             config.model.dropout,
             config.model.width,
+            config.model.batch_norm,
         )

@@ -1,4 +1,4 @@
-"""SGD with momentum as AlexNet's authors define it, and the learning rate of every step.
+"""SGD with momentum as AlexNet's authors define it, LARS for large batches, and the learning rate of every step.
 
 In: parameters with gradients, the step's learning rate. Out: updated parameters, in place.
 """
@@ -9,8 +9,6 @@ import torch
 from torch import nn
 
 from job.config import Optim
-
-BIAS_SUFFIX = "bias"
 
 
 class MomentumSGD(torch.optim.Optimizer):
@@ -48,6 +46,36 @@ class MomentumSGD(torch.optim.Optimizer):
         if "velocity" not in state:
             state["velocity"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
         return state["velocity"]
+
+
+class LARS(MomentumSGD):
+    """`MomentumSGD` with a rate of its own for every weight tensor w, layer-wise adaptive rate scaling.
+
+    v <- momentum * v - lr * trust * |w| / (|g| + weight_decay * |w|) * (g + weight_decay * w);  w <- w + v.
+
+    You, Gitman, Ginsburg 2017 (arXiv:1708.03888), algorithm 1: a step changes each tensor by a share of its own norm
+    that lr * trust sets, however large its gradient. Groups with `trust` 0 are updated as by `MomentumSGD`.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads, decay = [p.grad for p in params], group["weight_decay"]
+            updates = torch._foreach_add(grads, params, alpha=decay)
+            if group["trust"]:
+                norms = zip(torch._foreach_norm(params), torch._foreach_norm(grads), strict=True)
+                # A tensor of zeros takes lr as it is: it would stay zero. No norm is read on the host.
+                local = [
+                    torch.where(w > 0, group["trust"] * w / (g + decay * w).clamp(min=1e-30), 1.0) for w, g in norms
+                ]
+                torch._foreach_mul_(updates, local)
+            velocities = [self.velocity(p) for p in params]
+            torch._foreach_mul_(velocities, group["momentum"])
+            torch._foreach_add_(velocities, updates, alpha=-group["lr"] * group["lr_factor"])
+            torch._foreach_add_(params, velocities)
 
 
 class FusedSGD(MomentumSGD):
@@ -114,11 +142,16 @@ class FusedSGD(MomentumSGD):
 
 
 def parameter_groups(model: nn.Module, optim: Optim) -> list[dict]:
-    """Two groups: weights with decay; biases with none and `bias_lr` times the rate (the authors' lr_mult 2)."""
-    named = list(model.named_parameters())
+    """Two groups: weights with decay; biases with none and `bias_lr` times the rate (the authors' lr_mult 2).
+
+    What batch normalisation multiplies and adds counts among the biases (Jia et al. 2018: no decay on either).
+    """
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    biases = [p for p in model.parameters() if p.ndim == 1]
+    trust = optim.lars_trust if optim.kind == "lars" else 0.0
     return [
-        {"params": [p for n, p in named if not n.endswith(BIAS_SUFFIX)], "weight_decay": optim.weight_decay},
-        {"params": [p for n, p in named if n.endswith(BIAS_SUFFIX)], "weight_decay": 0.0, "lr_factor": optim.bias_lr},
+        {"params": weights, "weight_decay": optim.weight_decay, "trust": trust},
+        {"params": biases, "weight_decay": 0.0, "lr_factor": optim.bias_lr, "trust": 0.0},
     ]
 
 
@@ -135,4 +168,6 @@ def learning_rate(optim: Optim, step: int, global_batch: int, nsamples: int, tot
     done = min(1.0, (step - warmup_steps) / max(1.0, total_steps - warmup_steps))
     if optim.schedule == "cosine":
         return optim.lr * 0.5 * (1 + math.cos(math.pi * done))
+    if optim.schedule == "poly":
+        return optim.lr * (1 - done) ** optim.poly_power
     return optim.lr

@@ -12,6 +12,17 @@ from job.config import Config
 from job.optim import MomentumSGD
 
 
+def average_statistics(model: nn.Module) -> None:
+    """Average the running statistics of batch normalisation over the ranks, in place.
+
+    Each rank normalises with the mean and variance of its own images, and its running ones follow those; a step uses
+    only the former. Running statistics are linear in what they follow, so it does not matter how often this is done.
+    """
+    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    if statistics and hvd.size() > 1:
+        hvd.grouped_allreduce_(statistics, name="statistics", op=hvd.Average)
+
+
 class Alone:
     """No averaging: this rank for itself, as measurements need it."""
 
@@ -50,6 +61,7 @@ class Gradients(Alone):
     def __init__(self, model: nn.Module, optimizer: MomentumSGD, wire: str = "fp32", autograd: bool = True):
         self._compression = hvd.Compression.fp16 if wire == "fp16" else hvd.Compression.none
         self._autograd = autograd
+        self._model = model
         self._under_way: list[tuple] = []
         self.optimizer = optimizer
         if autograd:
@@ -86,6 +98,10 @@ class Gradients(Alone):
         with self.optimizer.skip_synchronize():
             self.optimizer.step()
 
+    def equalise(self) -> None:
+        """Weights are equal as it is; average the running statistics of batch normalisation."""
+        average_statistics(self._model)
+
 
 class Weights(Alone):
     """The report's method: each rank updates with its own gradients, then weights and momenta are averaged.
@@ -98,6 +114,7 @@ class Weights(Alone):
     def __init__(self, model: nn.Module, optimizer: MomentumSGD, every: int = 1):
         self.optimizer = optimizer
         self.every = every
+        self._model = model
         params = [p for group in optimizer.param_groups for p in group["params"]]
         # Each begins at a multiple of 16 bytes, as kernels want it.
         size = sum(2 * _rounded(p.numel()) for p in params)
@@ -116,10 +133,14 @@ class Weights(Alone):
 
     def after_update(self, step: int) -> None:
         if (step + 1) % self.every == 0:
-            self.equalise()
+            self._average()
 
     def equalise(self) -> None:
-        """Average weights and velocities of all ranks. Also called before a validation or a checkpoint."""
+        """Average weights, velocities and running statistics of all ranks."""
+        self._average()
+        average_statistics(self._model)
+
+    def _average(self) -> None:
         if hvd.size() > 1:
             hvd.allreduce_(self.flat, name="weights_and_momenta", op=hvd.Average)
             self.optimizer.refresh()

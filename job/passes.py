@@ -5,6 +5,7 @@ In: a batch on the device. Out: its loss, and gradients that the strategy among 
 
 import logging
 
+import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +14,7 @@ from job import fast
 from job.augment import prepare
 from job.config import Config
 from job.model import AlexNet
-from job.optim import FusedSGD, MomentumSGD, parameter_groups
+from job.optim import LARS, FusedSGD, MomentumSGD, parameter_groups
 from job.parallel import Gradients, Weights
 from shards.cli import InputError
 
@@ -28,14 +29,21 @@ def choose_kernels(config: Config, device: torch.device) -> str:
     """
     if config.kernels == "plain":
         return "plain"
-    reason = fast.unsupported(device)
+    reason = _without_fast_kernels(config) or fast.unsupported(device)
     if not reason:
         return "fast"
     if config.kernels == "fast":
         raise InputError(f"--kernels fast: {reason}; use --kernels plain")
-    if device.type == "cuda":
+    if device.type == "cuda" and hvd.rank() == 0:
         log.warning("the plain kernels are used, at about a third of the speed: %s", reason)
     return "plain"
+
+
+def _without_fast_kernels(config: Config) -> str:
+    """What of the settings only the plain kernels do; empty: nothing."""
+    if config.model.batch_norm:
+        return "batch normalisation has no fast kernels yet"
+    return "LARS has no fast kernels yet" if config.optim.kind == "lars" else ""
 
 
 def set_determinism(wanted: bool) -> None:
@@ -48,7 +56,7 @@ def set_determinism(wanted: bool) -> None:
 
 def make_optimizer(config: Config, model: AlexNet, kernels: str) -> MomentumSGD:
     """The optimizer that goes with a pass."""
-    kind = FusedSGD if kernels == "fast" else MomentumSGD
+    kind = FusedSGD if kernels == "fast" else {"sgd": MomentumSGD, "lars": LARS}[config.optim.kind]
     return kind(parameter_groups(model, config.optim), config.optim.lr, config.optim.momentum)
 
 

@@ -75,7 +75,7 @@ def gradients(config: Config) -> list[dict[str, Any]]:
     from job.model import build
 
     with torch.device("meta"):
-        model = build(config)
+        model = build(config).eval()  # batch normalisation refuses to learn from a single image
         image = torch.empty(1, 3, config.image_size, config.image_size)
         with FlopCounterMode(display=False) as counter:
             model(image)

@@ -262,6 +262,10 @@ def check_data(config: settings.Config, split, val_split, world_size: int) -> No
         raise InputError(
             f"--global-batch {config.global_batch} cannot be divided among {world_size} ranks; use {fitting}"
         )
+    if config.model.batch_norm and config.global_batch < 2 * world_size:
+        raise InputError(
+            f"--global-batch {config.global_batch} is one image a rank; batch normalisation needs two or more"
+        )
     named = len(split.classes)
     if not named and not config.model.classes:
         raise InputError(f"{config.data} names no classes; give their number with --model.classes")

@@ -51,6 +51,8 @@ def test_settings_survive_being_written_and_read(tmp_path):
         (["--data", "d", "--epochs", "0"], ["--epochs is 0", "1 or more"]),
         (["--data", "d", "--optim.lr", "nan"], ["--optim.lr is nan"]),
         (["--data", "d", "--parallel", "magic"], ["parallel is 'magic'", "gradients, weights"]),
+        (["--data", "d", "--recipe", "large-batch", "--parallel", "weights"], ["--parallel weights", "not linear"]),
+        (["--data", "d", "--optim.lars-trust", "0"], ["--optim.lars-trust is 0", "above 0"]),
         (["--data", "d", "--image-size", "66"], ["--image-size is 66", "67 or more"]),
         (["--data", "d", "--data.mirror", "maybe"], ["data.mirror is 'maybe'", "true or false"]),
         ([], ["--data is missing"]),

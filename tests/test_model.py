@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 from job.model import AlexNet, feature_size, lrn
 
 
+def layers(model):
+    """Names and layers that have weights."""
+    return [(name, layer) for name, layer in model.named_children() if list(layer.parameters())]
+
+
 @pytest.mark.parametrize("place", ["after-pool", "before-pool"])
 def test_the_published_network_has_60965224_parameters(place):
     # conv 34,944 + 307,456 + 885,120 + 663,936 + 442,624; fc 37,752,832 + 16,781,312 + 4,097,000
-    counts = {
-        name: sum(p.numel() for p in layer.parameters()) for name, layer in AlexNet(lrn_place=place).named_children()
-    }
+    counts = {name: sum(p.numel() for p in layer.parameters()) for name, layer in layers(AlexNet(lrn_place=place))}
     assert counts == {
         "conv1": 34_944,
         "conv2": 307_456,
@@ -53,7 +56,7 @@ def test_any_image_size_from_67_pixels_fits(size):
 def test_initial_weights_have_the_published_spread():
     torch.manual_seed(3)
     model = AlexNet(classes=100, image_size=99)
-    for name, layer in model.named_children():
+    for name, layer in layers(model):
         spread = 0.005 if name in ("fc6", "fc7") else 0.01
         n = layer.weight.numel()
         assert abs(layer.weight.std().item() / spread - 1) < 5 / math.sqrt(2 * n)  # 5 standard errors
@@ -90,3 +93,20 @@ def test_dropout_is_at_work_in_training_only():
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))
+
+
+def test_batch_normalisation_takes_out_what_a_convolution_scales_and_shifts():
+    torch.manual_seed(1)
+    model = AlexNet(classes=4, image_size=67, lrn_place="none", dropout=0, width=0.2, batch_norm=True)
+    x = torch.randn(16, 3, 67, 67)
+    features = model.features(x)
+    torch.testing.assert_close(features.mean(0), torch.zeros(features.shape[1]), atol=1e-5, rtol=0)
+    assert all(conv.bias is None for conv in (model.conv1, model.conv2, model.conv3, model.conv4, model.conv5))
+    before = model(x)
+    with torch.no_grad():
+        for conv in (model.conv1, model.conv3, model.conv5):
+            conv.weight.mul_(7)
+    torch.testing.assert_close(model(x), before, rtol=0.02, atol=1e-3)
+    # In use, the running statistics count: the scores of an image do not depend on its neighbours.
+    model.eval()
+    torch.testing.assert_close(model(x)[:2], model(x[:2]))

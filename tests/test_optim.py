@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from job.config import Optim
 from job.model import AlexNet
-from job.optim import MomentumSGD, learning_rate, parameter_groups
+from job.optim import LARS, MomentumSGD, learning_rate, parameter_groups
 
 
 def test_three_steps_match_numpy():
@@ -37,6 +37,56 @@ def test_three_steps_match_numpy():
     np.testing.assert_allclose(layer.bias.detach().numpy(), bias, rtol=1e-12)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.05])
+def test_three_steps_of_lars_match_numpy(decay):
+    rng = np.random.default_rng(0)
+    weight, bias = rng.normal(size=(4, 3)), rng.normal(size=4)
+    gradients = [(rng.normal(size=(4, 3)), rng.normal(size=4)) for _ in range(3)]
+
+    layer = torch.nn.Linear(3, 4).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(weight))
+        layer.bias.copy_(torch.from_numpy(bias))
+    settings = Optim(kind="lars", lars_trust=0.02, weight_decay=decay, bias_lr=0.5)
+    optimizer = LARS(parameter_groups(layer, settings), lr=0.1, momentum=0.9)
+    for g_weight, g_bias in gradients:
+        layer.weight.grad, layer.bias.grad = torch.from_numpy(g_weight), torch.from_numpy(g_bias)
+        optimizer.step()
+
+    v_weight, v_bias = 0.0, 0.0
+    for g_weight, g_bias in gradients:
+        norm = np.linalg.norm(weight)
+        local = 0.02 * norm / (np.linalg.norm(g_weight) + decay * norm)
+        v_weight = 0.9 * v_weight - 0.1 * local * (g_weight + decay * weight)
+        v_bias = 0.9 * v_bias - 0.5 * 0.1 * g_bias  # no local rate, no decay
+        weight, bias = weight + v_weight, bias + v_bias
+    np.testing.assert_allclose(layer.weight.detach().numpy(), weight, rtol=1e-12)
+    np.testing.assert_allclose(layer.bias.detach().numpy(), bias, rtol=1e-12)
+
+
+def test_lars_bears_weights_or_gradients_that_are_zero():
+    for weight, gradient, expected in [(0.0, 2.0, -0.2), (3.0, 0.0, 3.0), (0.0, 0.0, 0.0)]:
+        layer = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.constant_(layer.weight, weight)
+        layer.weight.grad = torch.full((1, 1), gradient)
+        LARS(parameter_groups(layer, Optim(kind="lars", weight_decay=0)), lr=0.1).step()
+        assert layer.weight.item() == pytest.approx(expected)
+
+
+def test_batch_normalisation_counts_among_the_biases():
+    model = AlexNet(classes=3, image_size=67, width=0.1, batch_norm=True)
+    weights, biases = parameter_groups(model, Optim(kind="lars", lars_trust=0.02))
+    assert len(weights["params"]) == 8 and len(biases["params"]) == 3 + 2 * 6  # fc6 to fc8; six normalisations
+    assert (weights["trust"], biases["trust"], biases["weight_decay"]) == (0.02, 0.0, 0.0)
+
+
+def test_the_rate_of_schedule_poly_falls_with_the_square_of_what_is_left():
+    optim = Optim(lr=8.0, schedule="poly", poly_power=2.0, warmup_epochs=2)
+    rates = [learning_rate(optim, step, 10, 100, 100) for step in range(100)]  # 10 steps an epoch
+    assert rates[19] == pytest.approx(8.0, rel=0.05) and rates[20] == 8.0
+    assert rates[60] == pytest.approx(8.0 * 0.5**2) and rates[99] == pytest.approx(8.0 * (1 / 80) ** 2)
+
+
 def test_biases_have_twice_the_rate_and_no_decay():
     model = AlexNet(classes=3, image_size=67, width=0.1)
     weights, biases = parameter_groups(model, Optim())
@@ -57,7 +107,7 @@ def test_rate_falls_tenfold_every_20_epochs():
 
 
 @given(
-    schedule=st.sampled_from(["step", "cosine", "constant"]),
+    schedule=st.sampled_from(["step", "cosine", "poly", "constant"]),
     warmup=st.sampled_from([0.0, 0.5, 3.0]),
     batch=st.integers(1, 300),
     nsamples=st.integers(300, 5000),

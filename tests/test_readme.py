@@ -67,6 +67,6 @@ def test_files_that_the_readme_links_to_are_there():
         assert (Path(ROOT) / target.split("#")[0]).exists(), target
 
 
-@pytest.mark.parametrize("recipe", ["paper", "krizhevsky", "demo"])
+@pytest.mark.parametrize("recipe", ["paper", "krizhevsky", "large-batch", "demo"])
 def test_recipes_are_listed(recipe):
     assert f"| `{recipe}` |" in README
