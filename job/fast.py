@@ -87,6 +87,13 @@ class Network:
         self._padded1 = torch.zeros(weight.shape[0], 3, 12, 12, device=device)
         for parameter, copy in self.copies.items():
             copy.copy_(parameter.detach())
+        self._norms: dict[str, _BatchNorm] = {}
+        if model.conv1.bias is None:
+            half = model.conv4.weight.shape[0] // 2
+            parts = {"1": slice(None), "2": slice(None), "3": slice(None), "5": slice(None)}
+            self._norms = {name: _BatchNorm(getattr(model, f"norm{name}"), part) for name, part in parts.items()}
+            self._norms["4a"] = _BatchNorm(model.norm4, slice(0, half))
+            self._norms["4b"] = _BatchNorm(model.norm4, slice(half, None))
         self._graphs: tuple | None = None
         if graphs and device.type == "cuda":
             self._record()
@@ -122,6 +129,7 @@ class Network:
 
     def _record(self) -> None:
         """Record both halves as graphs that share their memory."""
+        before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         stream = torch.cuda.Stream(self.images.device)
         stream.wait_stream(torch.cuda.current_stream(self.images.device))
         with torch.cuda.stream(stream):
@@ -137,6 +145,8 @@ class Network:
         with torch.cuda.graph(tail, pool=head.pool(), capture_error_mode="thread_local"):
             self._tail()
         self._graphs = head, tail
+        for buffer, value in before:  # what batch normalisation saw while warming up was no batch
+            buffer.copy_(value)
 
     @torch.no_grad()
     def _head(self) -> None:
@@ -152,16 +162,22 @@ class Network:
         # Convolutions. Each name that ends in `s` is a list of two tensors: the groups' halves of the channels.
         x0 = self.images.permute(0, 3, 1, 2)
         z1 = _convolution(x0, self._filter1.permute(0, 3, 1, 2), 0)  # (N, 96, 55, 55)
-        x1s, kept1 = self._pool_and_normalise([z1], model.conv1.bias, split=True)  # (N, 48, 27, 27) each
+        x1s, kept1 = self._pool_and_normalise([z1], "1", split=True)  # (N, 48, 27, 27) each
         z2s = [_convolution(x, f, 2) for x, f in zip(x1s, f2.chunk(2), strict=True)]
-        x2s, kept2 = self._pool_and_normalise(z2s, model.conv2.bias, split=False)  # (N, 256, 13, 13)
+        x2s, kept2 = self._pool_and_normalise(z2s, "2", split=False)  # (N, 256, 13, 13)
         z3 = _convolution(x2s[0], f3, 1)  # (N, 384, 13, 13)
-        x3s = self._bias_relu_split(z3, model.conv3.bias)
-        biases4 = model.conv4.bias.to(self.dtype).chunk(2)
-        x4s = [_convolution_relu(x, f, b, 1) for x, f, b in zip(x3s, f4.chunk(2), biases4, strict=True)]
+        x3s = self._bias_relu(z3, "3", split=True)
+        z4s = x4s = None
+        if self._norms:
+            z4s = [_convolution(x, f, 1) for x, f in zip(x3s, f4.chunk(2), strict=True)]
+            x4s = [self._bias_relu(z, name)[0] for z, name in zip(z4s, ("4a", "4b"), strict=True)]
+        else:
+            biases4 = model.conv4.bias.to(self.dtype).chunk(2)
+            x4s = [_convolution_relu(x, f, b, 1) for x, f, b in zip(x3s, f4.chunk(2), biases4, strict=True)]
         z5s = [_convolution(x, f, 1) for x, f in zip(x4s, f5.chunk(2), strict=True)]
-        features, index5 = self._pool_last(z5s, model.conv5.bias)  # (N, 9216)
-        self._saved = x0, x1s, kept1, x2s[0], kept2, x3s, x4s, features, index5
+        pooled5, kept5 = self._pool_last(z5s)  # (N, 9216)
+        features, norm6 = self._normalise_features(pooled5)
+        self._saved = x0, x1s, kept1, x2s[0], kept2, z3, x3s, z4s, x4s, kept5, pooled5, norm6
 
         # Classifier, and back.
         w6, w7, w8 = (self.copies.get(w, w.detach()) for w in (model.fc6.weight, model.fc7.weight, model.fc8.weight))
@@ -185,20 +201,28 @@ class Network:
     @torch.no_grad()
     def _tail(self) -> None:
         model = self.model
-        x0, x1s, kept1, x2, kept2, x3s, x4s, features, index5 = self._saved
+        x0, x1s, kept1, x2, kept2, z3, x3s, z4s, x4s, kept5, pooled5, norm6 = self._saved
         f2, f3, f4, f5 = self._filters
-        d5s = self._pool_last_backward(self._d_features, features, index5, model.conv5.bias.grad)
+        d_pooled5 = self._normalise_features_backward(self._d_features, pooled5, norm6)
+        d5s = self._pool_last_backward(d_pooled5, kept5)
         d4s = _convolutions_backward(d5s, x4s, f5, 1, model.conv5.weight.grad)
-        bias4 = model.conv4.bias.grad.chunk(2)
-        for d, x, bias in zip(d4s, x4s, bias4, strict=True):
-            self._relu_backward([_rows(d)], [_rows(x)], _rows(d), bias)
+        if self._norms:
+            for d, x, z, name in zip(d4s, x4s, z4s, ("4a", "4b"), strict=True):
+                self._relu_backward([_rows(d)], [_rows(x)], _rows(d), normalised=(self._norms[name], _rows(z)))
+        else:
+            for d, x, bias in zip(d4s, x4s, model.conv4.bias.grad.chunk(2), strict=True):
+                self._relu_backward([_rows(d)], [_rows(x)], _rows(d), bias)
         d3s = _convolutions_backward(d4s, x3s, f4, 1, model.conv4.weight.grad)
         d3 = torch.empty(*_rows(x2).shape[:3], 2 * x3s[0].shape[1], device=x2.device, dtype=self.dtype)
-        self._relu_backward([_rows(d) for d in d3s], [_rows(x) for x in x3s], d3, model.conv3.bias.grad)
+        if self._norms:
+            normalised = self._norms["3"], _rows(z3)
+            self._relu_backward([_rows(d) for d in d3s], [_rows(x) for x in x3s], d3, normalised=normalised)
+        else:
+            self._relu_backward([_rows(d) for d in d3s], [_rows(x) for x in x3s], d3, model.conv3.bias.grad)
         (d2,) = _convolutions_backward([d3.permute(0, 3, 1, 2)], [x2], f3, 1, model.conv3.weight.grad)
-        d2s = self._pool_and_normalise_backward([d2], kept2, model.conv2.bias, split=True)
+        d2s = self._pool_and_normalise_backward([d2], kept2, "2", split=True)
         d1s = _convolutions_backward(d2s, x1s, f2, 2, model.conv2.weight.grad)
-        (d1,) = self._pool_and_normalise_backward(d1s, kept1, model.conv1.bias, split=False)
+        (d1,) = self._pool_and_normalise_backward(d1s, kept1, "1", split=False)
         filter1 = self._filter1.permute(0, 3, 1, 2)
         _, gradient, _ = _backward(d1, x0, filter1, 0, needs_input=False)
         out = gradient.shape[0]
@@ -211,7 +235,14 @@ class Network:
         """An activation (N, C, H, W) whose memory has the channels last."""
         return torch.empty(n, height, width, channels, device=self.images.device, dtype=self.dtype).permute(0, 3, 1, 2)
 
-    def _pool_and_normalise(self, zs: list[Tensor], bias: Tensor, split: bool) -> tuple[list[Tensor], tuple]:
+    def _before_relu(self, zs: list[Tensor], name: str) -> tuple[Tensor, Tensor]:
+        """Factor (void without batch normalisation) and summand of each channel between a convolution and its ReLU."""
+        if name in self._norms:
+            return self._norms[name].measure(zs)
+        bias = getattr(self.model, f"conv{name}").bias.detach()
+        return bias, bias
+
+    def _pool_and_normalise(self, zs: list[Tensor], name: str, split: bool) -> tuple[list[Tensor], tuple]:
         """Bias, ReLU, max-pool, and LRN if any: outputs (two where `split`), and what the backward pass needs."""
         from job.fast_kernels import lrn_forward, pool_forward
 
@@ -219,6 +250,8 @@ class Network:
         channels = sum(z.shape[1] for z in zs)
         rows, block = _tile(channels)
         before, after = self.model.lrn_place == "before-pool", self.model.lrn_place == "after-pool"
+        affine = name in self._norms
+        scale, bias = self._before_relu(zs, name)
         pooled = _pooled(height), _pooled(width)
         parts = 2 if split else 1
         outs = [self._new(n, *pooled, channels // parts) for _ in range(parts)]
@@ -231,90 +264,138 @@ class Network:
                 C=channels, SPLIT_IN=len(zs) == 2, **_LRN, R=rows, CB=block,
             )  # fmt: skip
             source = [normalised]
-        kept = self._new(n, *pooled, channels) if after else outs[0]
+        kept = self._new(n, *pooled, channels) if after or affine else outs[0]
         pool_forward[(-(-pooled[0] * pooled[1] // rows), n)](
-            source[0], source[-1], bias, kept, index, outs[0], outs[-1],
-            H=height, W=width, C=channels, RELU=not before, LRN=after, PLANES=False,
+            source[0], source[-1], scale, bias, kept, index, outs[0], outs[-1],
+            H=height, W=width, C=channels, RELU=not before, AFFINE=affine, LRN=after, PLANES=False,
             SPLIT_IN=len(source) == 2, SPLIT_OUT=split, **_LRN, R=rows, CB=block,
         )  # fmt: skip
-        if self.model.lrn_place == "none" and split:
+        if self.model.lrn_place == "none" and not affine and split:
             kept = torch.cat(outs, 1)
-        return outs, (zs if before else kept, index, (n, channels, height, width))
+        return outs, (zs, kept, index, scale, bias)
 
-    def _pool_and_normalise_backward(self, ds: list[Tensor], kept: tuple, bias: Tensor, split: bool) -> list[Tensor]:
+    def _pool_and_normalise_backward(self, ds: list[Tensor], saved: tuple, name: str, split: bool) -> list[Tensor]:
         """Gradients of what the convolution gave (two where `split`), from those of the outputs `ds`."""
-        from job.fast_kernels import pooled_backward, unpool_lrn
+        from job.fast_kernels import unpool_lrn
 
-        activations, index, (n, channels, height, width) = kept
-        rows, block = _tile(channels)
+        zs, kept, index, scale, bias = saved
+        n, _, height, width = zs[0].shape
+        channels = index.shape[-1]
         parts = 2 if split else 1
         outs = [self._new(n, height, width, channels // parts) for _ in range(parts)]
-        partial = torch.empty(n * _IMAGE_PROGRAMS, channels, device=bias.device)
         ds = [_channels_last(d) for d in ds]
-        if self.model.lrn_place == "before-pool":
-            rows, block = _tile(channels, elements=_SQUARE_TILE)
-            unpool_lrn[(_IMAGE_PROGRAMS, n)](
-                ds[0], ds[-1], index, activations[0], activations[-1], bias, outs[0], outs[-1], partial,
-                H=height, W=width, C=channels, SPLIT_D=len(ds) == 2, SPLIT=split, **_LRN,
-                T=_IMAGE_PROGRAMS, R=rows, CB=block,
-            )  # fmt: skip
-        else:
-            at_maxima = torch.empty_like(index, dtype=self.dtype)
-            pooled_backward[(_IMAGE_PROGRAMS, n)](
-                ds[0], ds[-1], activations, at_maxima, partial,
-                P=_pooled(height) * _pooled(width), C=channels, LRN=self.model.lrn_place == "after-pool", PLANES=False,
-                SPLIT=len(ds) == 2, **_LRN, T=_IMAGE_PROGRAMS, R=rows, CB=block,
-            )  # fmt: skip
-            _unpool(at_maxima, index, outs)
-        torch.sum(partial, 0, out=bias.grad)
+        if self.model.lrn_place != "before-pool":
+            self._unpool(self._pooled_backward(ds, kept, index, scale, bias, name), index, zs, outs, name)
+            return outs
+        partial = torch.empty(1, n * _IMAGE_PROGRAMS, channels, device=bias.device)
+        rows, block = _tile(channels, elements=_SQUARE_TILE)
+        unpool_lrn[(_IMAGE_PROGRAMS, n)](
+            ds[0], ds[-1], index, zs[0], zs[-1], bias, outs[0], outs[-1], partial,
+            H=height, W=width, C=channels, SPLIT_D=len(ds) == 2, SPLIT=split, **_LRN,
+            T=_IMAGE_PROGRAMS, R=rows, CB=block,
+        )  # fmt: skip
+        torch.sum(partial[0], 0, out=getattr(self.model, f"conv{name}").bias.grad)
         return outs
 
-    def _pool_last(self, zs: list[Tensor], bias: Tensor) -> tuple[Tensor, Tensor]:
+    def _pooled_backward(
+        self, ds: list[Tensor], kept: Tensor, index: Tensor, scale: Tensor, bias: Tensor, name: str, planes=False
+    ) -> Tensor:
+        """Gradients at the maxima, (N, PH, PW, C), through ReLU and LRN if any; and that of the bias."""
+        from job.fast_kernels import pooled_backward
+
+        n, height, width, channels = index.shape
+        rows, block = _tile(channels)
+        norm = self._norms.get(name)
+        partial = torch.empty(2 if norm else 1, n * _IMAGE_PROGRAMS, channels, device=bias.device)
+        at_maxima = torch.empty_like(index, dtype=self.dtype)
+        pooled_backward[(_IMAGE_PROGRAMS, n)](
+            ds[0], ds[-1], kept, scale, bias, at_maxima, partial,
+            P=height * width, C=channels, LRN=self.model.lrn_place == "after-pool" and not planes,
+            AFFINE=norm is not None, PLANES=planes, SPLIT=len(ds) == 2, **_LRN, T=_IMAGE_PROGRAMS, R=rows, CB=block,
+        )  # fmt: skip
+        if norm:
+            norm.backward(partial)
+        else:
+            torch.sum(partial[0], 0, out=getattr(self.model, f"conv{name}").bias.grad)
+        return at_maxima
+
+    def _unpool(self, at_maxima: Tensor, index: Tensor, zs: list[Tensor], outs: list[Tensor], name: str) -> None:
+        """Backward of max-pooling, (N, PH, PW, C) gradients and places of the maxima, into one or two tensors."""
+        from job.fast_kernels import unpool
+
+        n, _, _, channels = index.shape
+        height, width = outs[0].shape[2:]
+        rows, block = _tile(channels, elements=_SQUARE_TILE)
+        norm = self._norms.get(name)
+        squares = -(-height // 2) * -(-width // 2)
+        unpool[(-(-squares // rows), n)](
+            at_maxima, index, zs[0], zs[-1], norm.slopes if norm else at_maxima, outs[0], outs[-1],
+            H=height, W=width, C=channels, SPLIT=len(outs) == 2, AFFINE=norm is not None, R=rows, CB=block,
+        )  # fmt: skip
+
+    def _pool_last(self, zs: list[Tensor]) -> tuple[Tensor, tuple]:
         """Bias, ReLU and max-pool of the last convolution: features (N, C * H * W) in planes, as fc6 reads them."""
         from job.fast_kernels import pool_forward
 
         n, half, height, width = zs[0].shape
         channels = 2 * half
         rows, block = _tile(channels)
+        affine = "5" in self._norms
+        scale, bias = self._before_relu(zs, "5")
         pooled = _pooled(height), _pooled(width)
         features = torch.empty(n, channels * pooled[0] * pooled[1], device=bias.device, dtype=self.dtype)
         index = torch.empty(n, *pooled, channels, device=bias.device, dtype=torch.uint8)
+        kept = torch.empty_like(index, dtype=self.dtype) if affine else features
         pool_forward[(-(-pooled[0] * pooled[1] // rows), n)](
-            zs[0], zs[1], bias, features, index, features, features,
-            H=height, W=width, C=channels, RELU=True, LRN=False, PLANES=True,
+            zs[0], zs[1], scale, bias, kept, index, features, features,
+            H=height, W=width, C=channels, RELU=True, AFFINE=affine, LRN=False, PLANES=True,
             SPLIT_IN=True, SPLIT_OUT=False, **_LRN, R=rows, CB=block,
         )  # fmt: skip
-        self._size5 = height, width
-        return features, index
+        return features, (zs, kept, index, scale, bias)
 
-    def _pool_last_backward(self, d: Tensor, features: Tensor, index: Tensor, bias_gradient: Tensor) -> list[Tensor]:
-        from job.fast_kernels import pooled_backward
-
-        n, pooled_height, pooled_width, channels = index.shape
-        height, width = self._size5
-        rows, block = _tile(channels)
-        partial = torch.empty(n * _IMAGE_PROGRAMS, channels, device=d.device)
-        at_maxima = torch.empty_like(index, dtype=self.dtype)
-        pooled_backward[(_IMAGE_PROGRAMS, n)](
-            d, d, features, at_maxima, partial,
-            P=pooled_height * pooled_width, C=channels, LRN=False, PLANES=True, SPLIT=False, **_LRN,
-            T=_IMAGE_PROGRAMS, R=rows, CB=block,
-        )  # fmt: skip
-        outs = [self._new(n, height, width, channels // 2) for _ in range(2)]
-        _unpool(at_maxima, index, outs)
-        torch.sum(partial, 0, out=bias_gradient)
+    def _pool_last_backward(self, d: Tensor, saved: tuple) -> list[Tensor]:
+        zs, kept, index, scale, bias = saved
+        outs = [self._new(*[zs[0].shape[i] for i in (0, 2, 3, 1)]) for _ in range(2)]
+        self._unpool(self._pooled_backward([d], kept, index, scale, bias, "5", planes=True), index, zs, outs, "5")
         return outs
 
-    def _bias_relu_split(self, z: Tensor, bias: Tensor) -> list[Tensor]:
-        """ReLU of z + bias, (N, C, H, W), as two halves of the channels."""
+    def _normalise_features(self, x: Tensor) -> tuple[Tensor, tuple]:
+        """Batch normalisation behind the last pool, where the network has it. (N, C * H * W) in planes."""
+        if not self._norms:
+            return x, ()
+        norm = self.model.norm6
+        norm.num_batches_tracked += 1
+        out, mean, inverse = torch.native_batch_norm(
+            x.view(len(x), norm.num_features, -1), norm.weight, norm.bias, norm.running_mean, norm.running_var,
+            True, norm.momentum, norm.eps,
+        )  # fmt: skip
+        return out.view_as(x), (mean, inverse)
+
+    def _normalise_features_backward(self, d: Tensor, x: Tensor, saved: tuple) -> Tensor:
+        if not self._norms:
+            return d
+        norm, (mean, inverse) = self.model.norm6, saved
+        shape = len(x), norm.num_features, -1
+        d_x, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+            d.view(shape), x.view(shape), norm.weight, norm.running_mean, norm.running_var, mean, inverse,
+            True, norm.eps, [True, True, True],
+        )  # fmt: skip
+        norm.weight.grad.copy_(d_weight)
+        norm.bias.grad.copy_(d_bias)
+        return d_x.view_as(x)
+
+    def _bias_relu(self, z: Tensor, name: str, split: bool = False) -> list[Tensor]:
+        """ReLU of what a convolution gave, (N, C, H, W), behind its bias or normalisation; two halves where `split`."""
         from job.fast_kernels import bias_relu
 
         n, channels, height, width = z.shape
-        outs = [self._new(n, height, width, channels // 2) for _ in range(2)]
+        parts = 2 if split else 1
+        outs = [self._new(n, height, width, channels // parts) for _ in range(parts)]
         rows, block = _tile(channels, most=512)
+        scale, bias = self._before_relu([z], name)
         bias_relu[(-(-n * height * width // rows), -(-channels // block))](
-            _channels_last(z), bias, outs[0], outs[1], self.seed, n * height * width,
-            C=channels, SPLIT=True, DROP=0.0, LAYER=0, R=rows, CB=block,
+            z, scale, bias, outs[0], outs[-1], self.seed, n * height * width,
+            C=channels, SPLIT=split, DROP=0.0, AFFINE=name in self._norms, LAYER=0, R=rows, CB=block,
         )  # fmt: skip
         return outs
 
@@ -325,28 +406,44 @@ class Network:
         n, channels = z.shape
         rows, block = _tile(channels, most=512)
         bias_relu[(-(-n // rows), -(-channels // block))](
-            z, bias, z, z, self.seed, n,
-            C=channels, SPLIT=False, DROP=self.model.dropout, LAYER=layer, R=rows, CB=block,
+            z, bias, bias, z, z, self.seed, n,
+            C=channels, SPLIT=False, DROP=self.model.dropout, AFFINE=False, LAYER=layer, R=rows, CB=block,
         )  # fmt: skip
 
     def _relu_backward(
-        self, ds: list[Tensor], ys: list[Tensor], out: Tensor, bias_gradient: Tensor, dropped: bool = False
+        self,
+        ds: list[Tensor],
+        ys: list[Tensor],
+        out: Tensor,
+        bias_gradient: Tensor | None = None,
+        dropped: bool = False,
+        normalised: tuple | None = None,
     ) -> None:
-        """Gradient of ReLU's input into `out`, and its sum over rows into `bias_gradient`. Tensors (..., C)."""
-        from job.fast_kernels import relu_backward
+        """Gradient of ReLU's input into `out`, and its sum over rows into `bias_gradient`. Tensors (..., C).
+
+        normalised: the batch normalisation before ReLU and its input; then `out` is the gradient of that input.
+        """
+        from job.fast_kernels import relu_backward, scale_gradient
 
         channels = out.shape[-1]
         total = out.numel() // channels
         rows, block = _tile(channels, most=128)
-        steps = max(1, _REDUCE_ROWS // rows)
-        programs = -(-total // (rows * steps))
-        partial = torch.empty(programs, channels, device=out.device)
+        steps, programs = _reduction(total, rows)
+        norm, z = normalised or (None, out)
+        partial = torch.empty(2 if norm else 1, programs, channels, device=out.device)
         relu_backward[(programs, -(-channels // block))](
-            ds[0], ds[-1], ys[0], ys[-1], out, partial, total,
-            C=channels, SPLIT=len(ds) == 2, SCALE=1 / (1 - self.model.dropout) if dropped else 1.0,
-            STEPS=steps, R=rows, CB=block,
+            ds[0], ds[-1], ys[0], ys[-1], z, out, partial, total,
+            C=channels, SPLIT=len(ds) == 2, AFFINE=norm is not None,
+            SCALE=1 / (1 - self.model.dropout) if dropped else 1.0, STEPS=steps, R=rows, CB=block,
         )  # fmt: skip
-        torch.sum(partial, 0, out=bias_gradient)
+        if norm is None:
+            torch.sum(partial[0], 0, out=bias_gradient)
+            return
+        norm.backward(partial)
+        rows, block = _tile(channels, most=512)
+        scale_gradient[(-(-total // rows), -(-channels // block))](
+            out, z, norm.slopes, total, C=channels, R=rows, CB=block
+        )
 
     def _cross_entropy(self, logits: Tensor, bias: Tensor) -> Tensor:
         """Mean loss of a batch, (N, classes) logits without their bias; their memory gets the gradient."""
@@ -358,6 +455,61 @@ class Network:
             logits, bias, self.labels, losses, logits, n, C=classes, CB=_power_of_two(classes), num_warps=4
         )
         return losses.mean()
+
+
+class _BatchNorm:
+    """Batch normalisation of what a convolution gave, or of a part of its channels, in training.
+
+    Attributes:
+        slopes: float32 (3, C), after `backward`: the input's gradient is slopes[0] d + slopes[1] + slopes[2] z.
+    """
+
+    def __init__(self, norm: torch.nn.BatchNorm2d, part: slice):
+        self._norm, self._first = norm, not part.start
+        self._weight, self._bias = norm.weight.detach()[part], norm.bias.detach()[part]
+        self._weight_gradient, self._bias_gradient = norm.weight.grad[part], norm.bias.grad[part]
+        self._running = norm.running_mean[part], norm.running_var[part]
+        channels, device = len(self._weight), self._weight.device
+        self._factors = torch.zeros(4, channels, device=device)
+        self.slopes = torch.zeros(3, channels, device=device)
+        self._count = 0
+
+    def measure(self, zs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean and variance of a batch, (N, C, H, W) in one or two tensors; how to normalise it: factor and summand."""
+        from job.fast_kernels import batch_norm_forward, column_sums
+
+        n, _, height, width = zs[0].shape
+        channels = len(self._weight)
+        self._count = n * height * width
+        rows, block = _tile(channels)
+        steps, programs = _reduction(self._count, rows)
+        partial = torch.empty(2, programs, channels, device=self._weight.device)
+        column_sums[(programs, 1)](
+            zs[0], zs[-1], partial, self._count, C=channels, SPLIT=len(zs) == 2, STEPS=steps, R=rows, CB=block
+        )
+        batch_norm_forward[(1,)](
+            partial.sum(1, dtype=torch.float64), self._weight, self._bias, *self._running, self._factors, self._count,
+            EPS=self._norm.eps, MOMENTUM=self._norm.momentum, C=channels, CB=block,
+        )  # fmt: skip
+        if self._first:
+            self._norm.num_batches_tracked += 1
+        return self._factors[0], self._factors[1]
+
+    def backward(self, partial: Tensor) -> None:
+        """Gradients of weight and bias, and `slopes`, from (2, ., C): parts of the sums of d and of d times z."""
+        from job.fast_kernels import batch_norm_backward
+
+        channels = len(self._weight)
+        batch_norm_backward[(1,)](
+            partial.sum(1, dtype=torch.float64), self._factors, self._weight_gradient, self._bias_gradient,
+            self.slopes, self._count, C=channels, CB=_power_of_two(channels),
+        )  # fmt: skip
+
+
+def _reduction(total: int, rows: int) -> tuple[int, int]:
+    """Blocks of `rows` a program, and programs, where programs sum over `total` rows."""
+    steps = max(1, _REDUCE_ROWS // rows)
+    return steps, -(-total // (rows * steps))
 
 
 def _power_of_two(n: int) -> int:
@@ -373,20 +525,6 @@ def _tile(channels: int, most: int = 1 << 20, elements: int = _TILE) -> tuple[in
 
 def _pooled(size: int) -> int:
     return (size - 3) // 2 + 1
-
-
-def _unpool(at_maxima: Tensor, index: Tensor, outs: list[Tensor]) -> None:
-    """Backward of max-pooling: (N, PH, PW, C) gradients at the maxima and their places, into one or two tensors."""
-    from job.fast_kernels import unpool
-
-    n, _, _, channels = index.shape
-    height, width = outs[0].shape[2:]
-    rows, block = _tile(channels, elements=_SQUARE_TILE)
-    squares = -(-height // 2) * -(-width // 2)
-    unpool[(-(-squares // rows), n)](
-        at_maxima, index, outs[0], outs[-1],
-        H=height, W=width, C=channels, SPLIT=len(outs) == 2, R=rows, CB=block,
-    )  # fmt: skip
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -55,8 +55,9 @@ def _activation(z_a, z_b, bias, row, channel, mask, C: tl.constexpr, SPLIT: tl.c
 def pool_forward(
     z_a,  # (N, H, W, C), split where SPLIT_IN: outputs of a convolution without its bias, or normalised activations
     z_b,
+    scale,  # (C,) float32; where AFFINE
     bias,  # (C,) float32; where RELU
-    kept,  # (N, PH, PW, C): the pooled activations, which the backward pass needs; where LRN
+    kept,  # (N, PH, PW, C), where LRN: activations before it; where AFFINE: the elements of z that were the maxima
     index,  # uint8 (N, PH, PW, C): place 0..8 of the maximum in its window
     out_a,  # split where SPLIT_OUT; (N, C, PH, PW) where PLANES
     out_b,
@@ -64,6 +65,7 @@ def pool_forward(
     W: tl.constexpr,
     C: tl.constexpr,
     RELU: tl.constexpr,  # bias and ReLU. Both are monotonic: behind the maximum they cost a quarter
+    AFFINE: tl.constexpr,  # batch normalisation: scale and bias, which may turn the order round, before the maximum
     LRN: tl.constexpr,
     PLANES: tl.constexpr,
     SPLIT_IN: tl.constexpr,
@@ -89,15 +91,27 @@ def pool_forward(
     z_b += image * IN
     best = tl.full((R, CB), float("-inf"), tl.float32)
     place = tl.zeros((R, CB), tl.int32)
+    source = tl.zeros((R, CB), tl.float32)
+    if RELU:
+        shift = tl.load(bias + channel, mask=channel < C, other=0.0)
+    if AFFINE:
+        factor = tl.load(scale + channel, mask=channel < C, other=0.0)
     for tap in tl.static_range(9):
         row = (2 * y + tap // 3) * W + 2 * x + tap % 3
-        value = _load(z_a, z_b, row, channel, mask, C, SPLIT_IN).to(tl.float32)
+        z = _load(z_a, z_b, row, channel, mask, C, SPLIT_IN).to(tl.float32)
+        value = z * factor + shift if AFFINE else z
         take = (value > best) | (value != value)
         best = tl.where(take, value, best)
         place = tl.where(take, tap, place)
+        if AFFINE:
+            source = tl.where(take, z, source)
+    if AFFINE:
+        at = image * (PH * PW * C) + pixel * C + channel
+        tl.store(kept + at, source.to(kept.dtype.element_ty), mask=mask)
     tl.store(index + image * (PH * PW * C) + pixel * C + channel, place.to(tl.uint8), mask=mask)
     if RELU:
-        best += tl.load(bias + channel, mask=channel < C, other=0.0)
+        if not AFFINE:
+            best += shift
         best = tl.where(best < 0, 0.0, best)
     best = best.to(out_a.dtype.element_ty)
     if LRN:
@@ -148,12 +162,15 @@ def _lrn_gradient(dn, a, R: tl.constexpr, CB: tl.constexpr, K: tl.constexpr, ALP
 def pooled_backward(
     d_a,  # gradient of the pool's output after LRN: (N, P, C), split where SPLIT; (N, C, P) where PLANES
     d_b,
-    kept,  # (N, P, C) pooled activations before LRN; (N, C, P) where PLANES
-    out,  # (N, P, C): gradient of what was pooled, at the places of the maxima
-    partial,  # float32 (N * T, C): sums of `out`, for the bias
+    kept,  # of pool_forward; without LRN or batch normalisation, its output
+    scale,  # (C,) float32; where AFFINE
+    bias,  # (C,) float32; where AFFINE
+    out,  # (N, P, C): gradient at the maxima, before ReLU
+    partial,  # float32 (2, N * T, C): sums of `out`, for the bias; where AFFINE also of `out` times z
     P: tl.constexpr,  # pixels of a pooled image
     C: tl.constexpr,
     LRN: tl.constexpr,
+    AFFINE: tl.constexpr,
     PLANES: tl.constexpr,
     SPLIT: tl.constexpr,
     LRN_K: tl.constexpr,
@@ -172,24 +189,37 @@ def pooled_backward(
     kept += image * (P * C)
     out += image * (P * C)
     total = tl.zeros((R, CB), tl.float32)
+    weighted = tl.zeros((R, CB), tl.float32)
+    if AFFINE:
+        factor = tl.load(scale + channel, mask=channel < C, other=0.0)
+        shift = tl.load(bias + channel, mask=channel < C, other=0.0)
     for step in range(((P + R - 1) // R + T - 1) // T):
         pixel = (step * T + tl.program_id(0)) * R + tl.arange(0, R)[:, None]
         mask = (pixel < P) & (channel < C)
         place = pixel * C + channel
         if PLANES:
             d = tl.load(d_a + channel * P + pixel, mask=mask, other=0).to(tl.float32)
-            a = tl.load(kept + channel * P + pixel, mask=mask, other=0).to(tl.float32)
         else:
             d = _load(d_a, d_b, pixel, channel, mask, C, SPLIT).to(tl.float32)
+        if PLANES and not AFFINE:
+            a = tl.load(kept + channel * P + pixel, mask=mask, other=0).to(tl.float32)
+        else:
             a = tl.load(kept + place, mask=mask, other=0).to(tl.float32)
         if LRN:
             d = _lrn_gradient(d, a, R, CB, LRN_K, LRN_ALPHA, LRN_BETA)
+        elif AFFINE:
+            d = tl.where(a * factor + shift > 0, d, 0.0)
+            weighted += d * a
         else:
             d = tl.where(a > 0, d, 0.0)
         total += d
         tl.store(out + place, d.to(out.dtype.element_ty), mask=mask)
     column = tl.arange(0, CB)
-    tl.store(partial + (image * T + tl.program_id(0)) * C + column, tl.sum(total, 0), mask=column < C)
+    partial += (image * T + tl.program_id(0)) * C
+    tl.store(partial + column, tl.sum(total, 0), mask=column < C)
+    if AFFINE:
+        rows = tl.num_programs(1).to(tl.int64) * T
+        tl.store(partial + rows * C + column, tl.sum(weighted, 0), mask=column < C)
 
 
 @triton.jit
@@ -223,16 +253,23 @@ def _unpool(
 def unpool(
     d,  # (N, PH, PW, C): gradient at the maxima
     index,  # uint8 (N, PH, PW, C)
+    z_a,  # (N, H, W, C): what was normalised, split where SPLIT; where AFFINE
+    z_b,
+    slopes,  # float32 (3, C), where AFFINE: of batch_norm_backward
     out_a,  # (N, H, W, C), split where SPLIT
     out_b,
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
     SPLIT: tl.constexpr,
+    AFFINE: tl.constexpr,
     R: tl.constexpr,
     CB: tl.constexpr,
 ):
-    """Backward of a max-pool, reading: each square of four input pixels asks its windows. Program (i, n): R squares."""
+    """Backward of a max-pool, reading: each square of four input pixels asks its windows. Program (i, n): R squares.
+
+    Where AFFINE, through the batch normalisation before it, too.
+    """
     PH: tl.constexpr = (H - 3) // 2 + 1
     PW: tl.constexpr = (W - 3) // 2 + 1
     OUT: tl.constexpr = H * W * C // 2 if SPLIT else H * W * C
@@ -247,10 +284,19 @@ def unpool(
     out_a += image * OUT
     out_b += image * OUT
     four = _unpool(d, d, index, y, x, channel, mask, PH, PW, C, False)
+    if AFFINE:
+        of_d = tl.load(slopes + channel, mask=channel < C, other=0.0)
+        constant = tl.load(slopes + C + channel, mask=channel < C, other=0.0)
+        of_z = tl.load(slopes + 2 * C + channel, mask=channel < C, other=0.0)
+        z_a += image * OUT
+        z_b += image * OUT
     for i in tl.static_range(4):
         inside = mask & (2 * y + i // 2 < H) & (2 * x + i % 2 < W)
         at = (2 * y + i // 2) * W + 2 * x + i % 2
-        _store(out_a, out_b, at, channel, four[i].to(out_a.dtype.element_ty), inside, C, SPLIT)
+        value = four[i]
+        if AFFINE:
+            value = of_d * value + constant + of_z * _load(z_a, z_b, at, channel, inside, C, SPLIT).to(tl.float32)
+        _store(out_a, out_b, at, channel, value.to(out_a.dtype.element_ty), inside, C, SPLIT)
 
 
 @triton.jit
@@ -312,6 +358,7 @@ def unpool_lrn(
 @triton.jit
 def bias_relu(
     z,  # (rows, C)
+    scale,  # (C,) float32; where AFFINE
     bias,  # (C,) float32
     out_a,  # (rows, C), split where SPLIT; may be z
     out_b,
@@ -320,6 +367,7 @@ def bias_relu(
     C: tl.constexpr,
     SPLIT: tl.constexpr,
     DROP: tl.constexpr,  # probability of zeroing an output
+    AFFINE: tl.constexpr,  # batch normalisation: scale as well as bias
     LAYER: tl.constexpr,  # added to the seed
     R: tl.constexpr,
     CB: tl.constexpr,
@@ -329,6 +377,8 @@ def bias_relu(
     channel = tl.program_id(1) * CB + tl.arange(0, CB)[None, :]
     mask = (row < rows) & (channel < C)
     a = tl.load(z + row * C + channel, mask=mask, other=0).to(tl.float32)
+    if AFFINE:
+        a *= tl.load(scale + channel, mask=channel < C, other=0.0)
     a += tl.load(bias + channel, mask=channel < C, other=0.0)
     a = tl.where(a < 0, 0.0, a)
     if DROP > 0:
@@ -343,11 +393,13 @@ def relu_backward(
     d_b,
     y_a,  # the output, likewise
     y_b,
+    z,  # (rows, C): what was normalised; where AFFINE
     out,  # (rows, C); may be d_a
-    partial,  # float32 (programs of axis 0, C): sums of `out`, for the bias
+    partial,  # float32 (2, programs of axis 0, C): sums of `out`, for the bias; where AFFINE also of `out` times z
     rows,
     C: tl.constexpr,
     SPLIT: tl.constexpr,
+    AFFINE: tl.constexpr,
     SCALE: tl.constexpr,  # 1 / (1 - dropout)
     STEPS: tl.constexpr,  # blocks of R rows a program
     R: tl.constexpr,
@@ -356,6 +408,7 @@ def relu_backward(
     """Backward of ReLU and dropout, and partial sums for the bias."""
     channel = tl.program_id(1) * CB + tl.arange(0, CB)[None, :]
     total = tl.zeros((R, CB), tl.float32)
+    weighted = tl.zeros((R, CB), tl.float32)
     first = tl.program_id(0).to(tl.int64) * (R * STEPS)
     for step in range(STEPS):
         row = first + step * R + tl.arange(0, R)[:, None]
@@ -364,9 +417,122 @@ def relu_backward(
         y = _load(y_a, y_b, row, channel, mask, C, SPLIT).to(tl.float32)
         d = tl.where(y > 0, d * SCALE, 0.0)
         total += d
+        if AFFINE:
+            weighted += d * tl.load(z + row * C + channel, mask=mask, other=0).to(tl.float32)
         tl.store(out + row * C + channel, d.to(out.dtype.element_ty), mask=mask)
     column = tl.program_id(1) * CB + tl.arange(0, CB)
-    tl.store(partial + tl.program_id(0).to(tl.int64) * C + column, tl.sum(total, 0), mask=column < C)
+    partial += tl.program_id(0).to(tl.int64) * C
+    tl.store(partial + column, tl.sum(total, 0), mask=column < C)
+    if AFFINE:
+        tl.store(partial + tl.num_programs(0).to(tl.int64) * C + column, tl.sum(weighted, 0), mask=column < C)
+
+
+@triton.jit
+def column_sums(
+    z_a,  # (rows, C), split where SPLIT
+    z_b,
+    partial,  # float32 (2, programs of axis 0, C): sums of z and of its squares
+    rows,
+    C: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STEPS: tl.constexpr,  # blocks of R rows a program
+    R: tl.constexpr,
+    CB: tl.constexpr,
+):
+    """What batch normalisation must know of a batch."""
+    channel = tl.program_id(1) * CB + tl.arange(0, CB)[None, :]
+    total = tl.zeros((R, CB), tl.float32)
+    squares = tl.zeros((R, CB), tl.float32)
+    first = tl.program_id(0).to(tl.int64) * (R * STEPS)
+    for step in range(STEPS):
+        row = first + step * R + tl.arange(0, R)[:, None]
+        z = _load(z_a, z_b, row, channel, (row < rows) & (channel < C), C, SPLIT).to(tl.float32)
+        total += z
+        squares += z * z
+    column = tl.program_id(1) * CB + tl.arange(0, CB)
+    partial += tl.program_id(0).to(tl.int64) * C
+    tl.store(partial + column, tl.sum(total, 0), mask=column < C)
+    tl.store(partial + tl.num_programs(0).to(tl.int64) * C + column, tl.sum(squares, 0), mask=column < C)
+
+
+@triton.jit
+def batch_norm_forward(
+    sums,  # float64 (2, C): sums of z and of its squares
+    weight,  # (C,) float32
+    bias,
+    running_mean,  # (C,) float32, renewed
+    running_variance,
+    factors,  # float32 (4, C): scale and bias with which z is normalised, mean, one over the standard deviation
+    count,  # numbers in a sum
+    EPS: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    C: tl.constexpr,
+    CB: tl.constexpr,
+):
+    channel = tl.arange(0, CB)
+    mask = channel < C
+    mean = tl.load(sums + channel, mask=mask, other=0.0) / count
+    variance = tl.maximum(tl.load(sums + C + channel, mask=mask, other=1.0) / count - mean * mean, 0.0)
+    unbiased = (variance * count / tl.maximum(count - 1, 1)).to(tl.float32)
+    mean = mean.to(tl.float32)
+    inverse = 1.0 / tl.sqrt(variance.to(tl.float32) + EPS)
+    scale = tl.load(weight + channel, mask=mask, other=0.0) * inverse
+    tl.store(factors + channel, scale, mask=mask)
+    tl.store(factors + C + channel, tl.load(bias + channel, mask=mask, other=0.0) - mean * scale, mask=mask)
+    tl.store(factors + 2 * C + channel, mean, mask=mask)
+    tl.store(factors + 3 * C + channel, inverse, mask=mask)
+    old = tl.load(running_mean + channel, mask=mask, other=0.0)
+    tl.store(running_mean + channel, old + MOMENTUM * (mean - old), mask=mask)
+    old = tl.load(running_variance + channel, mask=mask, other=0.0)
+    tl.store(running_variance + channel, old + MOMENTUM * (unbiased - old), mask=mask)
+
+
+@triton.jit
+def batch_norm_backward(
+    sums,  # float64 (2, C): sums of the gradient d of the output, and of d times z
+    factors,  # of batch_norm_forward
+    weight_gradient,  # (C,) float32
+    bias_gradient,
+    slopes,  # float32 (3, C): the gradient of z is slopes[0] d + slopes[1] + slopes[2] z
+    count,
+    C: tl.constexpr,
+    CB: tl.constexpr,
+):
+    channel = tl.arange(0, CB)
+    mask = channel < C
+    scale = tl.load(factors + channel, mask=mask, other=0.0)
+    mean = tl.load(factors + 2 * C + channel, mask=mask, other=0.0)
+    inverse = tl.load(factors + 3 * C + channel, mask=mask, other=0.0)
+    total = tl.load(sums + channel, mask=mask, other=0.0)
+    of_weight = ((tl.load(sums + C + channel, mask=mask, other=0.0) - mean * total) * inverse).to(tl.float32)
+    of_bias = total.to(tl.float32)
+    tl.store(weight_gradient + channel, of_weight, mask=mask)
+    tl.store(bias_gradient + channel, of_bias, mask=mask)
+    of_z = -scale * inverse * of_weight / count
+    tl.store(slopes + channel, scale, mask=mask)
+    tl.store(slopes + C + channel, -scale * of_bias / count - of_z * mean, mask=mask)
+    tl.store(slopes + 2 * C + channel, of_z, mask=mask)
+
+
+@triton.jit
+def scale_gradient(
+    d,  # (rows, C): gradient of the output of a batch normalisation, becomes that of its input
+    z,  # (rows, C): the input
+    slopes,  # float32 (3, C), of batch_norm_backward
+    rows,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    CB: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
+    channel = tl.program_id(1) * CB + tl.arange(0, CB)[None, :]
+    mask = (row < rows) & (channel < C)
+    value = tl.load(slopes + channel, mask=channel < C, other=0.0) * tl.load(d + row * C + channel, mask=mask, other=0)
+    value += tl.load(slopes + C + channel, mask=channel < C, other=0.0)
+    value += tl.load(slopes + 2 * C + channel, mask=channel < C, other=0.0) * tl.load(
+        z + row * C + channel, mask=mask, other=0
+    )
+    tl.store(d + row * C + channel, value.to(d.dtype.element_ty), mask=mask)
 
 
 @triton.jit
