@@ -565,15 +565,15 @@ def cross_entropy(
 
 @triton.jit
 def momentum_sgd(
-    table,  # int64 (blocks, 6): addresses of weight, velocity, gradient, copy; first element, number of elements
+    table,  # int64 (blocks, 7): addresses of weight, velocity, gradient, copy; first element, elements, tensor
     scales,  # float32 (blocks, 2): factor of the rate, weight decay
-    rate,  # float32 (1,)
+    rates,  # float32 (tensors,)
     MOMENTUM: tl.constexpr,
     COPY: tl.constexpr,  # type of the copies
     BLOCK: tl.constexpr,
 ):
     """v <- momentum v - rate (g + decay w); w <- w + v; and a copy of w in the type that the network computes in."""
-    entry = table + tl.program_id(0) * 6
+    entry = table + tl.program_id(0) * 7
     weight = tl.load(entry).to(tl.pointer_type(tl.float32))
     velocity = tl.load(entry + 1).to(tl.pointer_type(tl.float32))
     gradient = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
@@ -581,7 +581,7 @@ def momentum_sgd(
     has_copy = copy != 0
     first = tl.load(entry + 4)
     count = tl.load(entry + 5)
-    step = tl.load(rate) * tl.load(scales + tl.program_id(0) * 2)
+    step = tl.load(rates + tl.load(entry + 6)) * tl.load(scales + tl.program_id(0) * 2)
     decay = tl.load(scales + tl.program_id(0) * 2 + 1)
     # Tensors of torch begin at multiples of 16 bytes, and so do blocks within them.
     place = tl.multiple_of(first, BLOCK) + tl.arange(0, BLOCK)

@@ -67,19 +67,23 @@ class LARS(MomentumSGD):
             updates = torch._foreach_add(grads, params, alpha=decay)
             if group["trust"]:
                 norms = zip(torch._foreach_norm(params), torch._foreach_norm(grads), strict=True)
-                # A tensor of zeros takes lr as it is: it would stay zero. No norm is read on the host.
-                local = [
-                    torch.where(w > 0, group["trust"] * w / (g + decay * w).clamp(min=1e-30), 1.0) for w, g in norms
-                ]
-                torch._foreach_mul_(updates, local)
+                torch._foreach_mul_(updates, [lars_rate(w, g, group["trust"], decay) for w, g in norms])
             velocities = [self.velocity(p) for p in params]
             torch._foreach_mul_(velocities, group["momentum"])
             torch._foreach_add_(velocities, updates, alpha=-group["lr"] * group["lr_factor"])
             torch._foreach_add_(params, velocities)
 
 
+def lars_rate(w: torch.Tensor, g: torch.Tensor, trust: float, decay: float) -> torch.Tensor:
+    """Local rates of LARS from norms of weights and gradients, on the device: the host reads none of them.
+
+    A tensor of zeros takes the rate as it is: it would stay zero.
+    """
+    return torch.where(w > 0, trust * w / (g + decay * w).clamp(min=1e-30), 1.0)
+
+
 class FusedSGD(MomentumSGD):
-    """`MomentumSGD` as one Triton kernel over all parameters, which writes `copies` of them on the way.
+    """`MomentumSGD` and `LARS` as one Triton kernel over all parameters, which writes `copies` of them on the way.
 
     Parameters, gradients and velocities must be float32, contiguous, on one GPU, and stay where they are.
 
@@ -107,12 +111,20 @@ class FusedSGD(MomentumSGD):
 
         if self._table is None:
             self._make_table()
-        table, scales, rate, dtype = self._table
-        rate.fill_(self.param_groups[0]["lr"])  # the same for all groups, but for their lr_factor
+        table, scales, rates, dtype = self._table
+        rates.fill_(self.param_groups[0]["lr"])  # the same for all groups, but for their lr_factor
+        first = 0
+        for group in self.param_groups:
+            params = group["params"]
+            if group.get("trust"):
+                w = torch.stack(torch._foreach_norm(params))
+                g = torch.stack(torch._foreach_norm([p.grad for p in params]))
+                rates[first : first + len(params)] *= lars_rate(w, g, group["trust"], group["weight_decay"])
+            first += len(params)
         momentum_sgd[(len(table),)](
             table,
             scales,
-            rate,
+            rates,
             MOMENTUM=self.param_groups[0]["momentum"],
             COPY=tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
             BLOCK=self.BLOCK,
@@ -120,7 +132,7 @@ class FusedSGD(MomentumSGD):
         )
 
     def _make_table(self) -> None:
-        rows, scales = [], []
+        rows, scales, tensors_before = [], [], 0
         for group in self.param_groups:
             for p in group["params"]:
                 copy = self.copies.get(p)
@@ -129,14 +141,15 @@ class FusedSGD(MomentumSGD):
                 addresses = [t.data_ptr() for t in (p, self.velocity(p), p.grad)]
                 addresses.append(0 if copy is None else copy.data_ptr())
                 for first in range(0, p.numel(), self.BLOCK):
-                    rows.append([*addresses, first, p.numel()])
+                    rows.append([*addresses, first, p.numel(), tensors_before])
                     scales.append([group["lr_factor"], group["weight_decay"]])
+                tensors_before += 1
         device = self.param_groups[0]["params"][0].device
         dtype = next((c.dtype for c in self.copies.values()), torch.float32)
         self._table = (
             torch.tensor(rows, dtype=torch.int64, device=device),
             torch.tensor(scales, dtype=torch.float32, device=device),
-            torch.zeros(1, device=device),
+            torch.zeros(tensors_before, device=device),
             dtype,
         )
 

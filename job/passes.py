@@ -29,7 +29,7 @@ def choose_kernels(config: Config, device: torch.device) -> str:
     """
     if config.kernels == "plain":
         return "plain"
-    reason = _without_fast_kernels(config) or fast.unsupported(device)
+    reason = fast.unsupported(device)
     if not reason:
         return "fast"
     if config.kernels == "fast":
@@ -37,13 +37,6 @@ def choose_kernels(config: Config, device: torch.device) -> str:
     if device.type == "cuda" and hvd.rank() == 0:
         log.warning("the plain kernels are used, at about a third of the speed: %s", reason)
     return "plain"
-
-
-def _without_fast_kernels(config: Config) -> str:
-    """What of the settings only the plain kernels do; empty: nothing."""
-    if config.model.batch_norm:
-        return "batch normalisation has no fast kernels yet"
-    return "LARS has no fast kernels yet" if config.optim.kind == "lars" else ""
 
 
 def set_determinism(wanted: bool) -> None:

@@ -149,9 +149,10 @@ class Progress:
             **self._compare(step, epoch, ranks),
         }
         self.log.write("train", step + 1, epoch, **figures)
+        loss = f"loss {recent.loss:.4f}  " if math.isfinite(recent.loss) else ""  # a GPU's come two steps late
         left = (last - step - 1) * recent.seconds / recent.steps
         self.log.progress(
-            f"epoch {epoch + 1}/{self.config.epochs}  step {step + 1}/{last}  loss {recent.loss:.4f}  "
+            f"epoch {epoch + 1}/{self.config.epochs}  step {step + 1}/{last}  {loss}"
             f"{figures['images_per_second']:,.0f} images/s  data wait {recent.wait / recent.seconds:.0%}  "
             f"ETA {duration(left)}"
         )

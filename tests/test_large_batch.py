@@ -9,8 +9,6 @@ import torch
 from job import checkpoint
 from job.config import from_flat
 from job.model import build
-from job.passes import choose_kernels
-from shards.cli import InputError
 from tests.launch import error_lines, horovodrun, metrics, python
 
 # 2 is the rate of You et al. for batches of 512; a net this narrow, on this few images, bears and needs more.
@@ -82,11 +80,3 @@ def test_an_exported_network_normalises_with_the_saved_statistics(trained, tmp_p
 def test_one_image_a_rank_is_too_few_to_normalise(demo_data, tmp_path):
     done = train(2, demo_data, tmp_path / "run", "--global-batch", "2", "--max-steps", "1", expect=2)
     assert len(error_lines(done)) == 1 and "one image a rank" in error_lines(done)[0]
-
-
-@pytest.mark.parametrize(("setting", "words"), [("model.batch-norm", "batch normalisation"), ("optim.kind", "LARS")])
-def test_plain_kernels_are_taken_and_the_reason_is_named(setting, words):
-    values = {setting: {"model.batch-norm": True, "optim.kind": "lars"}[setting]}
-    assert choose_kernels(from_flat(values), torch.device("cpu")) == "plain"
-    with pytest.raises(InputError, match=f"--kernels fast: {words} has no fast kernels yet; use --kernels plain"):
-        choose_kernels(from_flat({**values, "kernels": "fast"}), torch.device("cpu"))
