@@ -114,7 +114,8 @@ def _breakdown(axis, result: dict[str, Any]) -> str:
     labels = []
     for curve, row in bars:
         kind = "synth." if curve["data"] == "synthetic" else "real"
-        labels.append(f"{row['ranks']} ranks\n{row['global_batch']} images\n{curve['mode']}\n{kind}")
+        size = f"{row['ranks']} rank{'s' * (row['ranks'] != 1)}", f"{row['global_batch']:,} images"
+        labels.append((*size, f"{curve['mode']}", kind))
     bottom = [0.0] * len(bars)
     for name in SECTIONS:
         values = [1000 * row["sections"][name] for _, row in bars]
@@ -123,7 +124,10 @@ def _breakdown(axis, result: dict[str, Any]) -> str:
         bottom = [b + v for b, v in zip(bottom, values, strict=True)]
     for place, total in enumerate(bottom):
         axis.text(place, total, f"{total:,.3g}", ha="center", va="bottom", fontsize=8)
-    axis.set_xticks(range(len(bars)), labels, fontsize=7 if len(bars) < 12 else 5)
+    if len(bars) <= 8:
+        axis.set_xticks(range(len(bars)), ["\n".join(label) for label in labels], fontsize=7)
+    else:
+        axis.set_xticks(range(len(bars)), [", ".join(label) for label in labels], fontsize=7, rotation=60, ha="right")
     axis.set_ylabel("milliseconds a step, mean of ranks")
     axis.grid(axis="x", visible=False)
     axis.set_ylim(0, max(bottom) * 1.08)

@@ -61,6 +61,18 @@ def test_averaged_weights_equal_averaged_gradients(demo_data, tmp_path):
     assert losses(tmp_path / "weights") == pytest.approx(losses(tmp_path / "gradients"), rel=2e-5)
 
 
+@pytest.mark.parametrize("wire", ["fp32", "fp16"])
+def test_gradients_that_are_handed_in_are_averaged_where_they_lie(wire):
+    done = horovodrun(2, "tests.handed_gradients", wire)
+    assert done.returncode == 0 and "averaged" in done.stdout, done.stdout + done.stderr
+
+
+def test_half_precision_on_the_wire_gives_nearly_the_same_losses(demo_data, tmp_path, one_rank):
+    train(2, demo_data, tmp_path / "half", *FIFTY_STEPS, "--wire", "fp16")
+    assert losses(tmp_path / "half") == pytest.approx(losses(one_rank), rel=1e-2)
+    assert losses(tmp_path / "half") != pytest.approx(losses(one_rank), rel=1e-7)
+
+
 def test_eight_ranks_train_and_validate(demo_data, tmp_path):
     done = train(8, demo_data, tmp_path / "run", "--max-steps", "6", "--global-batch", "64", timeout=300)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
