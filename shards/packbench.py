@@ -1,7 +1,8 @@
 """Measures packing beside a plain Pillow loop, on photographs it makes: `python -m shards.pack --bench [--json]`.
 
-In: nothing. Out: images/s of the loop and of shards.pack with 1 and 2 processes, MB/s of raw and copy beside plain
-writing to the same disk, and resident memory; taken in turns, so that a busy machine slows all of them alike.
+In: nothing. Out: images/s of the loop and of shards.pack with 1 and 2 processes, what two loops at once gain (two cores
+of a shared machine seldom do twice the work of one), MB/s of raw and copy beside plain writing to the same disk, and
+resident memory; taken in turns, so that a busy machine slows all of them alike.
 """
 
 import io
@@ -20,8 +21,10 @@ import numpy as np
 HEIGHT, WIDTH, QUALITY = 375, 500, 95  # the usual photograph of ImageNet, at the high end of its qualities
 SIZE, STORED_QUALITY = 256, 90
 PHOTOS = 48  # different ones
-COPIES = 50  # of each, as files
-SHARD = 200  # images: few enough that the processes end together, enough that flushing to disk hardly counts
+COPIES = 100  # of each, as files
+# Images a shard: few enough that the one process that packs the last shard alone hardly counts, enough that flushing to
+# disk does not either.
+SHARD = 200
 ROUNDS = 3
 
 
@@ -39,6 +42,7 @@ def bench(as_json: bool) -> int:
         memory = 0
         for turn in range(ROUNDS):
             _note(runs, "pillow", pillow_loop(files[: 4 * PHOTOS]))
+            _note(runs, "pillow_2", pillow_loops_at_once(files[: 4 * PHOTOS], 2))
             for encoding, workers in (("jpeg", 1), ("jpeg", 2), ("raw", 1), ("copy", 1))[: 2 if turn else 4]:
                 dest = os.path.join(folder, f"{encoding}-{workers}-{turn}")
                 images, megabytes, peak = pack_rate(os.path.join(folder, "source"), dest, encoding, workers)
@@ -54,6 +58,7 @@ def bench(as_json: bool) -> int:
         "pillow_images_per_second": result["pillow"],
         "speedup_over_pillow": _ratio(runs["jpeg_1"], runs["pillow"]),
         "scaling_2_processes": _ratio(runs["jpeg_2"], runs["jpeg_1"]),
+        "scaling_2_pillow_loops": _ratio(runs["pillow_2"], runs["pillow"]),
         "raw_megabytes_per_second": result["raw_1"],
         "copy_megabytes_per_second": result["copy_1"],
         "disk_megabytes_per_second": result["disk"],
@@ -101,6 +106,24 @@ def pillow_loop(files: list[str]) -> float:
         image = image.crop((left, top, left + SIZE, top + SIZE))
         image.save(io.BytesIO(), "JPEG", quality=STORED_QUALITY)
     return len(files) / (time.perf_counter() - start)
+
+
+def pillow_loops_at_once(files: list[str], count: int) -> float:
+    """Images/s of several such loops together, each in a process of its own and with nothing shared."""
+    context = multiprocessing.get_context("spawn")
+    barrier, rates = context.Barrier(count), context.SimpleQueue()
+    processes = [context.Process(target=_loop_beside, args=(files, barrier, rates)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return sum(rates.get() for _ in processes)
+
+
+def _loop_beside(files: list[str], barrier, rates) -> None:
+    pillow_loop(files[:8])
+    barrier.wait()
+    rates.put(pillow_loop(files))
 
 
 def pack_rate(source: str, dest: str, encoding: str, workers: int) -> tuple[float, float, int]:
@@ -188,6 +211,7 @@ def _versions() -> dict[str, str]:
 def _text(report: dict) -> str:
     rows = [
         ("plain Pillow loop", f"{report['pillow_images_per_second']:8.0f} images/s"),
+        ("two such loops at once", f"{'':17}{report['scaling_2_pillow_loops']} times one: what this machine gives"),
         (
             "shards.pack, 1 process",
             f"{report['images_per_second']:8.0f} images/s, {report['speedup_over_pillow']} times the loop",
