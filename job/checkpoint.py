@@ -117,8 +117,8 @@ class CheckpointWriter:
     def save(self, step: int, state: dict[str, Any], best: bool) -> None:
         """Take a copy of `state` (a dict of tensors, plain values and dicts of them) and write it behind the scenes."""
         self.wait()
-        snapshot = _snapshot({"format": FORMAT, "step": step, **state}, self._kept)
-        self._thread = threading.Thread(target=self._write, args=(step, snapshot, best), name="checkpoint")
+        copy = snapshot({"format": FORMAT, "step": step, **state}, self._kept)
+        self._thread = threading.Thread(target=self._write, args=(step, copy, best), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -127,17 +127,17 @@ class CheckpointWriter:
             self._thread.join()
             self._thread = None
 
-    def _write(self, step: int, snapshot: dict[str, Any], best: bool) -> None:
+    def _write(self, step: int, content: dict[str, Any], best: bool) -> None:
         path = checkpoint_path(self.folder, step)
         temporary = f"{path}.tmp"
         try:
             # Training comes first where cores are few. On Linux a thread has a priority of its own.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-            if not all(torch.isfinite(tensor).all() for tensor in snapshot["model"].values()):
+            if not all(torch.isfinite(tensor).all() for tensor in content["model"].values()):
                 raise ValueError("the weights are not finite")
             with open(temporary, "wb") as file:
                 digesting = _Digesting(file)
-                torch.save(snapshot, digesting)
+                torch.save(content, digesting)
                 file.flush()
                 os.fsync(file.fileno())
             # The digest first: a checkpoint under its final name always has one.
@@ -192,12 +192,12 @@ class _Digesting:
         self._file.flush()
 
 
-def _snapshot(value: Any, kept: dict[str, torch.Tensor], name: str = "") -> Any:
+def snapshot(value: Any, kept: dict[str, torch.Tensor], name: str = "") -> Any:
     """Copy of a state, its tensors in the memory of `kept`: new memory costs more than the copy (page faults)."""
     if isinstance(value, torch.Tensor):
         if name not in kept:
             kept[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
         return kept[name].copy_(value.detach())
     if isinstance(value, dict):
-        return {key: _snapshot(item, kept, f"{name}/{key}") for key, item in value.items()}
+        return {key: snapshot(item, kept, f"{name}/{key}") for key, item in value.items()}
     return value

@@ -89,6 +89,7 @@ class Config:
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: after validation and at the end only")
     checkpoint_keep: int = setting(3, "newest checkpoints that are kept, besides the best one")
     eval_every: int = setting(1, "epochs between validations; 0: none, and no validation shards are needed")
+    commit_every: int = setting(50, "elastic training: steps between copies of the state that ranks go on from")
     log_every: int = setting(20, "steps between two lines of metrics")
     timeline: bool = setting(False, "write Horovod's timeline to timeline.json of the run directory (chrome://tracing)")
     profile: int = setting(0, "steps of rank 0 to trace with torch's profiler, into profile.json of the run directory")
@@ -100,8 +101,8 @@ class Config:
 
 # Settings that may differ between a run and its continuation: none of them changes what is computed at a given step.
 MAY_CHANGE = frozenset(
-    "recipe data out epochs max-steps workers resume device checkpoint-every checkpoint-keep eval-every log-every "
-    "kernels timeline profile metrics.textfile data.max-bad-fraction".split()
+    "recipe data out epochs max-steps workers resume device checkpoint-every checkpoint-keep eval-every commit-every "
+    "log-every kernels timeline profile metrics.textfile data.max-bad-fraction".split()
 )
 
 
@@ -245,6 +246,7 @@ def check(config: Config) -> None:
         ("checkpoint-every", config.checkpoint_every >= 0, "0 or more"),
         ("checkpoint-keep", config.checkpoint_keep >= 1, "1 or more"),
         ("eval-every", config.eval_every >= 0, "0 or more"),
+        ("commit-every", config.commit_every >= 1, "1 or more"),
         ("log-every", config.log_every >= 1, "1 or more"),
         ("profile", config.profile >= 0, "0 or more"),
         ("model.dropout", 0 <= config.model.dropout < 1, "from 0 to below 1"),

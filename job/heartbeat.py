@@ -21,15 +21,23 @@ import horovod
 import horovod.torch as hvd
 import psutil
 
+from shards.cli import positive_number
+
 PERIOD = 2.0  # seconds between two signs of life
-SILENT = 40.0  # without a sign of life: the process is stopped, or its node is gone
-STILL = 70.0  # signs of life, but no progress and not waiting for others: a file system or a device hangs
-PATIENT = 600.0  # the same before the first progress, when files are opened and a GPU is set up; and for a slow disk
+# More than 1 where file systems or nodes stand still at times and come back.
+PATIENCE = positive_number("HEARTBEAT_PATIENCE", 1.0)
+SILENT = 30.0 * PATIENCE  # without a sign of life: the process is stopped, or its node is gone
+STILL = 70.0 * PATIENCE  # signs of life, but no progress and not waiting for others: a file system or a device hangs
+START_FACTOR = 2  # on SILENT, until a rank trains: loading libraries stops all of a process's threads
+PATIENT = 600.0 * PATIENCE  # before the first progress, when files are opened and a GPU is set up; and for a slow disk
 SLOW_FACTOR = 4  # whoever needed t seconds between two signs of progress is not hanging before this many t
 CONNECT_SECONDS = 20.0
 
+# horovodrun starts ranks that come and go: those that vanish are a matter for it and for Gloo's timeout.
+ELASTIC = os.environ.get("HOROVOD_ELASTIC") == "1"
+
 _HELLO = struct.Struct("!16sI")  # the job's token, rank
-_ALIVE, _ENDING = b".", b"!"
+_STARTING, _ALIVE, _ENDING = b"-", b".", b"!"
 _HOROVOD = os.path.dirname(os.path.abspath(horovod.__file__))
 
 _progress: Callable[[], float] | None = None
@@ -45,9 +53,15 @@ def watch(progress: Callable[[], float], record: Callable[[str], None]) -> None:
     _progress, _record = progress, record
 
 
+def forget() -> None:
+    """The rank is between two times of training: nothing to watch."""
+    global _progress, _record
+    _progress = _record = None
+
+
 def start() -> None:
     """Begin to watch, on all ranks at once; ranks other than 0 each hold a connection to rank 0."""
-    if hvd.size() == 1:
+    if hvd.size() == 1 or ELASTIC:
         threading.Thread(target=_beat_alone, name="heartbeat", daemon=True).start()
         return
     hosts = hvd.allgather_object(socket.gethostname(), name="heartbeat_hosts")
@@ -104,6 +118,10 @@ class _Own:
         self._longest = 0.0  # seconds between two signs of progress
         self._moved = False
 
+    def sign(self) -> bytes:
+        """The sign of life to send."""
+        return _ALIVE if self._moved else _STARTING
+
     def overslept(self, seconds: float) -> None:
         """This process was suspended: that time does not count."""
         self._since += seconds
@@ -147,13 +165,18 @@ def _main_thread() -> str:
     return found or "start-up"
 
 
+def here() -> str:
+    """How this process is called where ranks may change."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
 def _beat_alone() -> None:
     own, woke = _Own(), time.monotonic()
     while True:
         time.sleep(PERIOD)
         woke = _overslept(woke, own)
         if reason := own.hangs():
-            _end(f"this process on {socket.gethostname()} {reason}")
+            _end(f"{here()} {reason}")
 
 
 def _beat_first(listener: socket.socket, token: bytes, hosts: list[str]) -> None:
@@ -163,6 +186,7 @@ def _beat_first(listener: socket.socket, token: bytes, hosts: list[str]) -> None
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ, None)
     heard = dict.fromkeys(range(1, len(hosts)), time.monotonic())
+    limits = dict.fromkeys(heard, _limit(_STARTING))
     ranks: dict[socket.socket, int] = {}
     due = time.monotonic() + PERIOD
     while True:
@@ -199,6 +223,7 @@ def _beat_first(listener: socket.socket, token: bytes, hosts: list[str]) -> None
                 del ranks[peer]
                 continue
             heard[ranks[peer]] = time.monotonic()
+            limits[ranks[peer]] = _limit(data)
             if _ENDING in data:
                 _end("", ranks)
         if time.monotonic() < due:
@@ -206,39 +231,44 @@ def _beat_first(listener: socket.socket, token: bytes, hosts: list[str]) -> None
         slept = _overslept(woke, own)
         heard = {rank: at + max(0.0, slept - woke - 2 * PERIOD) for rank, at in heard.items()}
         woke, due = slept, time.monotonic() + PERIOD
-        _tell(ranks, _ALIVE)
+        _tell(ranks, own.sign())
         if reason := own.hangs():
             _end(f"rank 0 on {hosts[0]} {reason}", ranks)
         for rank, at in heard.items():
-            if woke - at > SILENT:
+            if woke - at > limits[rank]:
                 _end(_silent(rank, hosts[rank], woke - at), ranks)
 
 
 def _beat_other(connection: socket.socket, hosts: list[str]) -> None:
     """The thread of any other rank: hears rank 0."""
     own, woke = _Own(), time.monotonic()
-    heard = time.monotonic()
+    heard, limit = time.monotonic(), _limit(_STARTING)
     connection.setblocking(False)
     # When rank 0 is silent, one rank speaks for all; a little later those whose own host is all that is left.
-    patience = SILENT + (0 if hvd.rank() == 1 else 10)
+    later = 0.0 if hvd.rank() == 1 else 10.0
     while True:
         time.sleep(PERIOD)
         slept = _overslept(woke, own)
         heard += max(0.0, slept - woke - 2 * PERIOD)
         woke = slept
         try:
-            connection.send(_ALIVE)
+            connection.send(own.sign())
             data = connection.recv(4096)
         except OSError:  # nothing there, or rank 0 has ended
             data = b""
         if data:
-            heard = woke
+            heard, limit = woke, _limit(data)
         if _ENDING in data:
             _end("")
         if reason := own.hangs():
             _end(f"rank {hvd.rank()} on {hosts[hvd.rank()]} {reason}", {connection: 0})
-        if woke - heard > patience:
+        if woke - heard > limit + later:
             _end(_silent(0, hosts[0], woke - heard))
+
+
+def _limit(signs: bytes) -> float:
+    """Seconds that a process may be silent that has sent these signs of life."""
+    return SILENT if _ALIVE in signs else START_FACTOR * SILENT
 
 
 def _overslept(woke: float, own: _Own) -> float:

@@ -3,6 +3,7 @@
 In: Horovod, initialised. Out: the rank's device, small sums over ranks that cost no waiting, exit codes of the job.
 """
 
+import functools
 import logging
 import os
 import signal
@@ -27,7 +28,7 @@ except ImportError as error:
     raise InputError(f"cannot load Horovod and torch ({reason}); bash slurm/install.sh sets them up") from None
 
 # Seconds that a rank which lost the others waits for its launcher to end it, before it speaks up itself.
-LAUNCHER_GRACE = 20
+LAUNCHER_GRACE = 15
 
 
 class Stopped(Exception):
@@ -112,7 +113,13 @@ class StopSignals:
             if not self.requested:
                 self.requested, since = signal.Signals(number).name, time.monotonic()
             elif time.monotonic() - since > self.SAME_REQUEST_SECONDS:
-                _leave(128 + number)
+                leave(128 + number)
+
+
+@functools.cache
+def stop_signals() -> StopSignals:
+    """Those of this process."""
+    return StopSignals()
 
 
 def run_ranks(main: Callable[[], None]) -> NoReturn:
@@ -143,7 +150,7 @@ def run_ranks(main: Callable[[], None]) -> NoReturn:
             _await_end()  # rank 0 says it
         alone = hvd.size() == 1 or error.everywhere and hvd.rank() == 0
         print(f"error: {error}" if alone else f"error: {where}: {error}", file=sys.stderr)
-        _leave(EXIT_BAD_INPUT)
+        leave(EXIT_BAD_INPUT)
     except Failed as error:
         if hvd.rank() == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -151,11 +158,11 @@ def run_ranks(main: Callable[[], None]) -> NoReturn:
     except HorovodInternalError as error:
         _await_end()  # another rank has failed and speaks for itself
         print(f"error: {where} lost the other ranks: {str(error).splitlines()[0][:200]}", file=sys.stderr)
-        _leave(1)
+        leave(1)
     except BaseException:
         text = traceback.format_exc()
         print(f"error: {where} failed:\n{text}" if hvd.size() > 1 else text, file=sys.stderr)
-        _leave(1)
+        leave(1)
     # All ranks get here together; whichever left early would be taken for a failure by the launcher.
     hvd.shutdown()
     sys.stdout.flush()
@@ -168,7 +175,7 @@ def _await_end() -> None:
     time.sleep(LAUNCHER_GRACE)
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
     """End this process at once, without waiting for the other ranks: that is what makes the launcher end them."""
     sys.stdout.flush()
     sys.stderr.flush()

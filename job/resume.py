@@ -51,7 +51,11 @@ def same_settings(ours: dict, theirs: dict, where: str) -> None:
 
 def restore(path: str, model, optimizer) -> None:
     """Load weights and velocities of a checkpoint, in place."""
-    state = checkpoint.load(path)
+    put(checkpoint.load(path), model, optimizer)
+
+
+def put(state: dict, model, optimizer) -> None:
+    """Put weights and velocities of a checkpoint's content in place."""
     model.load_state_dict(state["model"])
     with torch.no_grad():
         for name, param in model.named_parameters():

@@ -12,13 +12,15 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 from shards.cli import InputError
 from shards.split import write_whole
 
 # Seconds between two warnings that metrics cannot be written.
 WARN_SECONDS = 30.0
+
+_locks: dict[str, TextIO] = {}  # run directories that this process holds
 
 
 class RunLog:
@@ -44,17 +46,21 @@ class RunLog:
 
     def _lock(self) -> None:
         """Refuse a run directory in which another job is at work. The lock goes with its process, also over NFS."""
-        self._lock_file = open(os.path.join(self.out, ".lock"), "a+", encoding="utf-8")
+        path = os.path.abspath(os.path.join(self.out, ".lock"))
+        if path in _locks:  # in elastic training a process comes back to its run
+            return
+        file = open(path, "a+", encoding="utf-8")
         try:
-            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._lock_file.seek(0)
-            owner = self._lock_file.read().strip() or "another process"
+            file.seek(0)
+            owner = file.read().strip() or "another process"
             raise InputError(f"{self.out} is in use by {owner}; wait for it, or choose another --out") from None
         job = os.environ.get("SLURM_JOB_ID")
-        self._lock_file.truncate(0)
-        self._lock_file.write(f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}\n")
-        self._lock_file.flush()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}\n")
+        file.flush()
+        _locks[path] = file  # closing it would end the lock
 
     def path(self, name: str) -> str:
         return os.path.join(self.out, name)

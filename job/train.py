@@ -16,8 +16,11 @@ from shards.cli import InputError, run
 DESCRIPTION = "Train AlexNet with ring allreduce over MPI, NCCL or Gloo, reading WebDataset shards."
 
 
-def train(config: settings.Config) -> None:
-    """One rank's part of a training run. Raises InputError, Stopped (checkpoint written) or Failed."""
+def train(config: settings.Config, memory) -> None:
+    """One rank's part of a training run. Raises InputError, Stopped (checkpoint written) or Failed.
+
+    `memory` (elastic.Memory): the state to go on from when ranks have come or gone, and this function is called again.
+    """
     import horovod.torch as hvd
     import torch
 
@@ -32,7 +35,7 @@ def train(config: settings.Config) -> None:
     from job.parallel import make_strategy
     from job.passes import choose_kernels, make_optimizer, make_pass, set_determinism
     from job.progress import Progress
-    from job.ranks import Failed, Stopped, StopSignals, pick_device
+    from job.ranks import Failed, Stopped, pick_device, stop_signals
     from job.resume import find_resume, fingerprint, restore
     from job.runlog import RunLog
     from job.runprofile import run_profile
@@ -41,7 +44,7 @@ def train(config: settings.Config) -> None:
 
     began = time.time()
     rank, world_size = hvd.rank(), hvd.size()
-    stop = StopSignals()
+    stop = stop_signals()
 
     # Horovod: pin this rank to its GPU.
     device = pick_device(config.device)
@@ -58,13 +61,16 @@ def train(config: settings.Config) -> None:
 
     # The run directory; and where to go on, when it holds a run that was cut off.
     log = RunLog(config.out, active=rank == 0)
-    resumed = hvd.broadcast_object(find_resume(config, split, log) if rank == 0 else None, name="resume")
+    found = (memory.start() or find_resume(config, split, log)) if rank == 0 else None
+    resumed = hvd.broadcast_object(found, name="resume")
     first_step, wall_before, best = resumed["step"], resumed["wall_seconds"], resumed["best"]
     if first_step >= last_step and not resumed["owed"]:
         log.say(f"{config.out} is finished: {first_step} steps of {last_step}. Ask for more --epochs or another --out.")
         return
     log.open(first_step)
     about = {"world_size": world_size, "last_step": last_step, "slurm_job": os.environ.get("SLURM_JOB_ID")}
+    if memory.reason:
+        about["after"] = memory.reason
     log.write("event", first_step, first_step * batch // nsamples, event="start", **about)
     if config.timeline:
         hvd.start_timeline(log.path("timeline.json"))
@@ -78,6 +84,8 @@ def train(config: settings.Config) -> None:
     optimizer = strategy.optimizer
     if rank == 0 and resumed["path"]:
         restore(resumed["path"], model, optimizer)
+    elif rank == 0:
+        memory.restore(model, optimizer)
     # Horovod: begin with the same state on all ranks.
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_parameters([(n, optimizer.velocity(p)) for n, p in model.named_parameters()], root_rank=0)
@@ -122,6 +130,8 @@ def train(config: settings.Config) -> None:
         lambda: step + loader.rows_read + (val_loader.rows_read if val_loader else 0),
         lambda reason: log.hang(step, epoch, reason),
     )
+    if memory.reason:
+        log.say(f"{memory.reason}: going on behind step {first_step} with {world_size} ranks")
     log.say(describe(config, split, val_split, world_size, device, first_step, last_step))
     log.start_bar(last_step, first_step)
     model.train()
@@ -142,24 +152,27 @@ def train(config: settings.Config) -> None:
         )
         return best > before
 
+    def whole_state(owed: bool) -> dict:
+        """All that a run goes on from; `owed`: whoever resumes from it is to validate first."""
+        return {
+            "model": model.state_dict(),
+            "velocity": {name: optimizer.velocity(p) for name, p in model.named_parameters()},
+            "config": flat,
+            "data": fingerprint(split),
+            "classes": list(split.classes),
+            "mean": mean_crop(mean, config.image_size),
+            "best": best,
+            "owed": owed,
+            "wall_seconds": wall_before + time.time() - began,
+            "versions": versions(),
+        }
+
     def save(best_now: bool, owed: bool) -> None:
-        """Write a checkpoint behind the scenes; `owed`: whoever resumes from it is to validate first."""
+        """Write a checkpoint behind the scenes."""
         before = time.perf_counter()
         strategy.equalise()
         if rank == 0:
-            state = {
-                "model": model.state_dict(),
-                "velocity": {name: optimizer.velocity(p) for name, p in model.named_parameters()},
-                "config": flat,
-                "data": fingerprint(split),
-                "classes": list(split.classes),
-                "mean": mean_crop(mean, config.image_size),
-                "best": best,
-                "owed": owed,
-                "wall_seconds": wall_before + time.time() - began,
-                "versions": versions(),
-            }
-            checkpoints.save(step, state, best_now)
+            checkpoints.save(step, whole_state(owed), best_now)
         seconds["checkpoints"] += time.perf_counter() - before
 
     try:
@@ -168,6 +181,10 @@ def train(config: settings.Config) -> None:
             save(validate_now(), owed=False)
         progress.restart_clock()
         for item, images, labels in to_device(loader, device, this_pass.prepare) if step < last_step else ():
+            if memory.due(step, first_step):  # elastic training: what the others go on from when a rank is lost
+                progress.collect()
+                strategy.equalise()
+                memory.commit(step, whole_state(owed=False))
             rate = learning_rate(config.optim, step, batch, nsamples, total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -336,9 +353,10 @@ def main() -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
     # Horovod: initialise. Only now, so that --help and wrong options cost nothing.
-    from job.ranks import run_ranks
+    from job.ranks import run_ranks  # isort: skip  (first: it says so when Horovod cannot be loaded)
+    from job.elastic import run_elastic
 
-    run_ranks(lambda: train(config))
+    run_ranks(lambda: run_elastic(train, config))
 
 
 if __name__ == "__main__":

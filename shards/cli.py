@@ -20,7 +20,7 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 # Where a launcher tells a process its rank, before MPI or Horovod is initialised.
 _RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 
-_RANK0_SPEAKS_SECONDS = 20.0  # that a silent rank waits for rank 0 to find the same error and end the job
+_RANK0_SPEAKS_SECONDS = 15.0  # that a silent rank waits for rank 0 to find the same error and end the job
 
 
 class InputError(Exception):
@@ -39,6 +39,17 @@ def printable(text: str) -> str:
     """Text with what is not printable written as an escape: names in an archive may hold a terminal's control codes,
     or bytes that are no text."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def positive_number(variable: str, default: float) -> float:
+    """Value of an environment variable. Raises InputError when it is no number above 0."""
+    text = os.environ.get(variable) or str(default)
+    try:
+        if 0 < (value := float(text)) < float("inf"):
+            return value
+    except ValueError:
+        pass
+    raise InputError(f"{variable} is {text!r} in the environment; it must be a number above 0, or not set")
 
 
 def launched_rank() -> int:

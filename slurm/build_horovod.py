@@ -183,10 +183,35 @@ _GLOO_RAISE = """\
             raise RuntimeError('Horovod detected that one or more processes exited with non-zero '
 """
 
+_GLOO_ELASTIC_RAISE = """\
+            if exit_code != 0:
+                raise RuntimeError('Horovod detected that one or more processes exited with non-zero '
+"""
+
+_MISSED_WORKERS = """\
+    def _end_missed_workers(self, rendezvous_id):
+        # A worker that is stopped, or hangs, never comes to the barrier, and the others would wait for it for ever.
+        with self._lock:
+            if rendezvous_id != self._rendezvous_id or self._driver.finished():
+                return
+            missed = [slot for slots in self._driver.host_assignments.values() for slot in slots
+                      if (slot.hostname, slot.local_rank) not in self._states]
+        for slot in missed:
+            print('horovodrun: rank {} on {} has not come back for {:.0f} s: it is ended'.format(
+                slot.rank, slot.hostname, _MISSED_SECONDS), file=sys.stderr)
+        for host in {slot.hostname for slot in missed}:
+            self._host_manager.get_host_event(host).set()
+
+    def _wait(self, key, state, rendezvous_id):
+"""
+
 _MPI = "horovod/runner/mpi_run.py"
 _GLOO = "horovod/runner/gloo_run.py"
 _SHELL = "horovod/runner/common/util/safe_shell_exec.py"
 _LAUNCH = "horovod/runner/launch.py"
+_HTTP = "horovod/runner/http/http_server.py"
+_NETWORK = "horovod/runner/common/util/network.py"
+_REGISTRATION = "horovod/runner/elastic/registration.py"
 _CMAKE = "CMakeLists.txt"
 _CMAKE_TORCH = "horovod/torch/CMakeLists.txt"
 _CMAKE_CUDA = "horovod/common/ops/cuda/CMakeLists.txt"
@@ -246,6 +271,16 @@ PATCHES = (
         "os.execve('/bin/sh', ['/bin/sh', '-c', mpirun_command], env)",
         "sys.exit(_run_mpirun(mpirun_command, env))",
         "as above",
+    ),
+    Patch(
+        _MPI,
+        "if nics and not impi_or_mpich else ''\n    nccl_socket_intf_arg",
+        "if nics and not impi_or_mpich else ''\n"
+        "    if mpi == _OMPI_IMPL and nics and set(nics) == {'lo'}:\n"
+        "        tcp_intf_arg = ''\n"
+        "        mpi_impl_flags = [flag.replace('btl ^openib', 'btl ^openib,tcp') for flag in mpi_impl_flags]\n"
+        "    nccl_socket_intf_arg",
+        "ranks of one host talk through memory; the TCP transport would listen on every interface",
     ),
     Patch(
         _MPI,
@@ -324,6 +359,118 @@ PATCHES = (
         "        sys.exit('error: horovodrun: ' + ' '.join(str(error).split()))\n\n\n"
         "if __name__ == '__main__':",
         "one line instead of a traceback",
+    ),
+    Patch(
+        _LAUNCH,
+        "argparse.ArgumentParser(description='Horovod Runner')",
+        "argparse.ArgumentParser(description='Horovod Runner', allow_abbrev=False)",
+        "an option of the command, --timeline, was taken for an abbreviation",
+    ),
+    # Sockets listen on the network of the job alone.
+    Patch(
+        "horovod/runner/util/network.py",
+        "def find_port(server_factory):",
+        "def find_port(server_factory, ip=''):",
+        "an address to listen on",
+    ),
+    Patch("horovod/runner/util/network.py", "addr = ('', port)", "addr = (ip, port)", "as above"),
+    Patch(
+        _HTTP,
+        "def start(self, handler_cls=RendezvousHandler):",
+        "def start(self, handler_cls=RendezvousHandler, ip=''):",
+        "as above",
+    ),
+    Patch(
+        _HTTP,
+        "addr, handler_cls, self._verbose))\n",
+        "addr, handler_cls, self._verbose), ip)\n",
+        "as above",
+    ),
+    Patch(_GLOO, "rendezvous.start()", "rendezvous.start(ip=server_ip)", "anybody could write to the rendezvous store"),
+    Patch(_GLOO, "    global_rendezv_port = rendezvous.start(handler)\n", "", "the address is known a little later"),
+    Patch(
+        _GLOO,
+        "    server_ip = network.get_driver_ip(nics)\n    run_func_server = None\n",
+        "    server_ip = network.get_driver_ip(nics)\n"
+        "    global_rendezv_port = rendezvous.start(handler, server_ip)\n"
+        "    run_func_server = None\n",
+        "as above",
+    ),
+    Patch(
+        _NETWORK,
+        "        self._server, _ = find_port(\n"
+        "            lambda addr: socketserver.ThreadingTCPServer(\n"
+        "                addr, self._make_handler()))\n",
+        "        names = [nics] if isinstance(nics, str) else list(nics or ())\n"
+        "        ips = [a.address for a in psutil.net_if_addrs().get(names[0], ()) if a.family == socket.AF_INET] if names else []\n"
+        "        self._server, _ = find_port(\n"
+        "            lambda addr: socketserver.ThreadingTCPServer(\n"
+        "                addr, self._make_handler()), ips[0] if len(names) == 1 and len(ips) == 1 else '')\n",
+        "where one interface is named",
+    ),
+    # Hosts that vanish, and elastic training.
+    Patch(
+        "horovod/runner/util/remote.py",
+        "SSH_COMMAND_PREFIX = 'ssh -o",
+        "SSH_COMMAND_PREFIX = 'ssh -o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o",
+        "ssh would wait for hours for a host that has vanished",
+    ),
+    Patch(
+        _GLOO,
+        _GLOO_ELASTIC_RAISE,
+        "            if exit_code != 0 and not settings.run_func_mode:\n"
+        "                sys.exit(exit_code)\n" + _GLOO_ELASTIC_RAISE,
+        "the exit code of the first rank that failed, no traceback of the launcher",
+    ),
+    Patch(
+        "horovod/common/operations.cc",
+        "    horovod_global.initialization_done = false;\n    horovod_global.background_thread =",
+        "    horovod_global.initialization_done = false;\n    horovod_global.initialization_failed = false;\n"
+        "    horovod_global.background_thread =",
+        "another host may vanish while ranks find each other anew: they try again",
+    ),
+    Patch(
+        "horovod/runner/elastic/driver.py",
+        "self._notify_workers_host_changes(self._host_manager.current_hosts, update_res)",
+        "threading.Thread(target=self._notify_workers_host_changes, daemon=True,\n"
+        "                                     args=(self._host_manager.current_hosts, update_res)).start()",
+        "rank 0's host may be the one that has vanished: the driver tried to reach it for a minute, and held a lock",
+    ),
+    Patch(
+        "horovod/runner/elastic/rendezvous.py",
+        "            driver.record_ready(host, local_rank)\n",
+        "            if driver.has_rank_assignment(host, local_rank):\n"
+        "                driver.record_ready(host, local_rank)\n",
+        "a worker that was removed and asks again is not one of those that are waited for",
+    ),
+    Patch(
+        _REGISTRATION,
+        "import logging\nimport threading\n",
+        "import logging\nimport os\nimport sys\nimport threading\n",
+        "for a worker that is stopped: it must not stop the others",
+    ),
+    Patch(
+        _REGISTRATION,
+        "READY = 'READY'\n",
+        "_MISSED_SECONDS = float(os.environ.get('HOROVOD_ELASTIC_MISSED_SECONDS', '60'))\n\nREADY = 'READY'\n",
+        "as above",
+    ),
+    Patch(
+        _REGISTRATION,
+        "            rendezvous_id = self._rendezvous_id\n\n        rendezvous_id = self._wait(key, state, rendezvous_id)\n",
+        "            rendezvous_id = self._rendezvous_id\n"
+        "            if len(self._states) == 1:\n"
+        "                timer = threading.Timer(_MISSED_SECONDS, self._end_missed_workers, (rendezvous_id,))\n"
+        "                timer.daemon = True\n"
+        "                timer.start()\n\n"
+        "        rendezvous_id = self._wait(key, state, rendezvous_id)\n",
+        "as above",
+    ),
+    Patch(
+        _REGISTRATION,
+        "    def _wait(self, key, state, rendezvous_id):\n",
+        _MISSED_WORKERS,
+        "as above",
     ),
     Patch(
         "horovod/runner/util/cache.py",

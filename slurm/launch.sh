@@ -68,8 +68,8 @@ use() {
             launch=("${shield[@]}" mpirun -np "$ranks" "${bind[@]}" "${MPIRUN_OPTIONS[@]}")
             ;;
         srun)
-            # Ranks of a failed job have 40 seconds to end with their own exit codes.
-            launch=(srun "--mpi=$SRUN_MPI" --kill-on-bad-exit=0 --wait=40 --nodes="$nodes" --ntasks="$ranks"
+            # Ranks of a failed job have 20 seconds to end with their own exit codes.
+            launch=(srun "--mpi=$SRUN_MPI" --kill-on-bad-exit=0 --wait=20 --nodes="$nodes" --ntasks="$ranks"
                 --ntasks-per-node="$per_node" --cpus-per-task="$cpus" --cpu-bind=cores)
             ;;
         horovodrun)
@@ -119,6 +119,8 @@ find_launcher() {
 attend() {
     "$@" &
     pid=$!
+    end_a_hanging_launcher "$pid" &
+    local watcher=$!
     interrupted=1
     while [ "$interrupted" ]; do # a signal ends `wait`, too
         interrupted=
@@ -126,7 +128,24 @@ attend() {
         code=$?
     done
     pid=
+    kill "$watcher" 2>/dev/null
     return "$code"
+}
+
+# mpirun and srun can wait for a lost node for ever. Once a rank has noted that another hangs, they have 20 seconds left.
+end_a_hanging_launcher() {
+    trap - USR1 TERM
+    local metrics before last
+    metrics=$(option out)/metrics.jsonl
+    before=$(tail -n 1 "$metrics" 2>/dev/null)
+    while sleep 3; do
+        last=$(tail -n 1 "$metrics" 2>/dev/null)
+        if [ "$last" != "$before" ] && [[ $last == *'"event": "hang"'* ]]; then
+            sleep 20
+            kill -KILL "$1" 2>/dev/null
+            return
+        fi
+    done
 }
 
 # Remember what was asked for, and ask the ranks for a checkpoint.
@@ -141,21 +160,24 @@ on_signal() {
         grep -lsz "^SLURM_JOB_ID=$SLURM_JOB_ID\$" /proc/[0-9]*/environ | xargs -r grep -lsz '^HOROVOD_RANK=' |
             cut -d/ -f3 | xargs -r kill -USR1
     else
-        kill -USR1 "$pid" # mpirun and srun hand it on
+        kill -USR1 "$pid" 2>/dev/null # mpirun and srun hand it on
     fi
 }
 
-# Names the nodes of the job that do not answer, if any.
+# Names the other nodes of the job that do not answer, if any, and the ranks there.
 lost_nodes() {
-    local node lost
+    local node lost first=0
     ((nodes > 1)) || return 0
     lost=$(
         for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
-            timeout -k 2 10 srun --overlap --mpi=none --nodes=1 --ntasks=1 --nodelist="$node" true >/dev/null 2>&1 || echo "$node" &
+            [ "$node" = "$SLURMD_NODENAME" ] ||
+                timeout -k 2 10 srun --overlap --mpi=none --nodes=1 --ntasks=1 --nodelist="$node" true >/dev/null 2>&1 ||
+                echo "$node (rank $first$( ((per_node == 1)) || echo " to $((first + per_node - 1))"))" &
+            first=$((first + per_node))
         done
         wait
     )
-    [ -z "$lost" ] || echo "lost ${lost//$'\n'/ }"
+    [ -z "$lost" ] || echo "lost ${lost//$'\n'/, }"
 }
 
 # Does Slurm take the nodes away for another job? Then it has sent SIGTERM, but we are to come back.

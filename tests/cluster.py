@@ -303,6 +303,7 @@ class Cluster:
             )
         everyone = f"Nodes={','.join(self.names)} MaxTime=60 State=UP"
         conf += f"PartitionName=main {everyone} Default=YES GraceTime=30\n"
+        conf += f"PartitionName=shared {everyone} OverSubscribe=FORCE:8\n"  # many jobs on the same cores
         conf += f"PartitionName=urgent {everyone} PriorityTier=2 PreemptMode=OFF\n"  # its jobs push those of main aside
         (root / "slurm.conf").write_text(conf)
         (root / "gres.conf").write_text(
