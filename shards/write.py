@@ -30,8 +30,8 @@ KEY_DIGITS = 8
 _READ_THREADS = 4  # enough to hide a network file system's latency behind decoding
 _READ_CHUNK = 4  # images that a thread reads in a turn
 _CHUNKS_AHEAD = 4
-# Seconds an image, in so many chunks in a row, above which reading is left to threads for the rest of the shard. From the
-# page cache an image takes 20 us, and handing it over from a thread 65 us: a twentieth of packing it.
+# Seconds an image, in so many chunks in a row, above which reading is left to threads for the rest of the shard. From
+# the page cache an image takes 20 us, and handing it over from a thread 65 us: a twentieth of packing it.
 _SLOW_READ, _SLOW_CHUNKS = 2e-4, 2
 MEAN_PIXELS = 1 << 22  # no mean image is made of larger images: it would be larger than the rest of the process
 SIZES_DIFFER = "raw images must all have one size, and these differ; give --resize with --fit crop or squash"
