@@ -71,8 +71,10 @@ class Config:
     global_batch: int = setting(256, "images a step, over all ranks")
     seed: int = setting(1, "seed of initial weights, data order, crops, mirroring and dropout")
     workers: int = setting(-1, "reader processes a rank; -1: from the cores given to the job; 0: read in the rank")
-    parallel: Literal["gradients", "weights"] = setting(
-        "gradients", "what the ranks average: gradients before, or weights and momenta after the update"
+    parallel: Literal["gradients", "weights", "hybrid"] = setting(
+        "gradients",
+        "what the ranks average: gradients before, or weights and momenta after the update; hybrid: gradients of the "
+        "convolutions, with fc6 to fc8 split among the ranks",
     )
     average_every: int = setting(1, "parallel weights: steps between two averages")
     wire: Literal["fp32", "fp16"] = setting(
@@ -266,6 +268,8 @@ def check(config: Config) -> None:
     for name, good, wanted in limits:
         if not good:
             raise InputError(f"--{name} is {to_flat(config)[name]}; it must be {wanted}")
+    if config.parallel == "hybrid" and config.optim.kind == "lars":
+        raise InputError("--parallel hybrid has no rank with a whole layer, whose norm LARS needs; use gradients")
     if config.parallel == "weights" and config.optim.kind == "lars":
         raise InputError(
             "--parallel weights averages what each rank's update made, and LARS is not linear in the gradient; "

@@ -151,10 +151,12 @@ def _rounded(count: int) -> int:
     return -(-count // 4) * 4
 
 
-def make_strategy(
-    config: Config, model: nn.Module, optimizer: MomentumSGD, autograd: bool = True
-) -> Gradients | Weights:
+def make_strategy(config: Config, model: nn.Module, optimizer: MomentumSGD, autograd: bool = True) -> Alone:
     """The strategy of setting `parallel`, for gradients from autograd or by hand."""
+    if config.parallel == "hybrid":
+        from job.hybrid import Hybrid  # which builds on this module
+
+        return Hybrid(model, optimizer)
     if config.parallel == "gradients":
         return Gradients(model, optimizer, config.wire, autograd)
     return Weights(model, optimizer, config.average_every)

@@ -13,6 +13,7 @@ from torch import Tensor
 from job import fast
 from job.augment import prepare
 from job.config import Config
+from job.hybrid import Hybrid, HybridPass
 from job.model import AlexNet
 from job.optim import LARS, FusedSGD, MomentumSGD, parameter_groups
 from job.parallel import Gradients, Weights
@@ -29,7 +30,7 @@ def choose_kernels(config: Config, device: torch.device) -> str:
     """
     if config.kernels == "plain":
         return "plain"
-    reason = fast.unsupported(device)
+    reason = "--parallel hybrid has none" if config.parallel == "hybrid" else fast.unsupported(device)
     if not reason:
         return "fast"
     if config.kernels == "fast":
@@ -112,9 +113,16 @@ class FastPass:
 
 
 def make_pass(
-    config: Config, model: AlexNet, strategy: Gradients | Weights, mean: Tensor | None, kernels: str, batch: int
-) -> PlainPass | FastPass:
+    config: Config,
+    model: AlexNet,
+    strategy: Gradients | Weights | Hybrid,
+    mean: Tensor | None,
+    kernels: str,
+    batch: int,
+) -> PlainPass | FastPass | HybridPass:
     """The pass for `batch` images a step of this rank."""
+    if isinstance(strategy, Hybrid):
+        return HybridPass(config, model, strategy, mean)
     if kernels == "fast":
         return FastPass(config, model, strategy, mean, batch)
     return PlainPass(config, model, strategy, mean)

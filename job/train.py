@@ -191,7 +191,9 @@ def train(config: settings.Config, memory) -> None:
             trace.before(step)
             timer.start(item.wait_seconds)
             # Dropout from (seed, step, rank) alone: a resumed run draws what the undisturbed one would have drawn.
-            loss = this_pass.run(images, labels, random_seed(config.seed, step, rank))
+            # Hybrid ranks compute parts of one network, and draw together.
+            drawing = 0 if config.parallel == "hybrid" else rank
+            loss = this_pass.run(images, labels, random_seed(config.seed, step, drawing))
             timer.mark(COMPUTE)
             strategy.communicate()
             timer.mark(EXPOSED)
