@@ -1,9 +1,10 @@
 """Hybrid parallelism: convolutions data-parallel, fc6 to fc8 model-parallel.
 
-96 % of the parameters are in fc6 to fc8: their gradients need no allreduce then. Krizhevsky, "One weird trick for parallelizing convolutional neural networks" (arXiv:1404.5997), scheme (a). Each rank
-has its images through the convolutions; then all ranks gather the features of the global batch, and each computes its
-part of the outputs of fc6, fc7 and fc8 for all images. In: as of job.parallel and job.passes. Out: the same losses and
-updates as those of `gradients`, up to rounding; with dropout too, the same on any number of ranks.
+96 % of the parameters are in fc6 to fc8: their gradients need no allreduce then. Krizhevsky, "One weird trick for
+parallelizing convolutional neural networks" (arXiv:1404.5997), scheme (a). Each rank has its images through the
+convolutions; then all ranks gather the features of the global batch, and each computes its part of the outputs of fc6,
+fc7 and fc8 for all images. In: as of job.parallel and job.passes. Out: the same losses and updates as those of
+`gradients`, up to rounding; with dropout too, the same on any number of ranks.
 
 Bytes a rank sends a step, n ranks, B images in all, in float32, by ring: 2 (n-1)/n times 9 MB of gradients of the
 convolutions, and 4 (n-1)/n B (2 (9216 + 4096 + 4096) + 1000); `gradients` sends 2 (n-1)/n times 244 MB. They are equal
