@@ -1,10 +1,11 @@
 """Speed of the training step alone, on images that lie on the device: the subjects `compute` and `train` of job.bench.
 
-In: a recipe, a batch a rank. Out: images/s. `compute` leaves out communication, and measures the fast kernels beside
-their plain twin; `train`, under horovodrun, is all ranks with the allreduce, beside the same step without it. What is
-compared is measured in turns in one run.
+In: a recipe, a batch a rank. Out: images/s, and what the timers of job.train cost. `compute` leaves out communication,
+and measures the fast kernels beside their plain twin; `train`, under horovodrun, is all ranks with the allreduce,
+beside the same step without it. What is compared is measured in turns in one run.
 """
 
+import functools
 import statistics
 import time
 
@@ -57,6 +58,7 @@ def measure(arguments) -> dict | None:
     from job.bench_loader import cpu_name, versions
     from job.passes import choose_kernels, set_determinism
     from job.ranks import pick_device
+    from job.timing import StepTimer
 
     device = pick_device(arguments.device)
     kernels = choose_kernels(settings, device)
@@ -66,6 +68,8 @@ def measure(arguments) -> dict | None:
         steps["together"] = make_step(settings, arguments.batch, kernels, True, device)
     if arguments.subject == "compute" and kernels == "fast":
         steps["plain"] = make_step(settings, arguments.batch, "plain", False, device)
+    main = "together" if "together" in steps else "alone"
+    steps["timed"] = functools.partial(steps[main], StepTimer(device))
     rates: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         for _ in range(arguments.warmup):
@@ -79,7 +83,6 @@ def measure(arguments) -> dict | None:
     if hvd.rank():
         return None
     rounds = {name: [hvd.size() * min(r[name][i] for r in sums) for i in range(arguments.rounds)] for name in rates}
-    main = "together" if "together" in rounds else "alone"
     result = {
         "subject": arguments.subject,
         "images_per_second": statistics.median(rounds[main]),
@@ -93,6 +96,8 @@ def measure(arguments) -> dict | None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "versions": versions(),
     }
+    pairs = zip(rounds[main], rounds["timed"], strict=True)
+    result["timer_cost"] = statistics.median(without / timed_ - 1 for without, timed_ in pairs)
     if device.type == "cuda":
         result["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
     if "plain" in rounds:
@@ -108,13 +113,14 @@ def measure(arguments) -> dict | None:
 def make_step(settings, batch: int, kernels: str, together: bool, device):
     """A function that makes one training step of a network of its own on `batch` random crops of uint8.
 
-    `together`: with the ranks' strategy; otherwise each rank for itself.
+    `together`: with the ranks' strategy; otherwise each rank for itself. The function takes a StepTimer, or None.
     """
     import torch
 
     from job.model import build
     from job.parallel import Alone, make_strategy
     from job.passes import make_optimizer, make_pass
+    from job.timing import COMPUTE, EXPOSED, UPDATE
 
     model = build(settings).to(device).train()
     optimizer = make_optimizer(settings, model, kernels)
@@ -130,11 +136,21 @@ def make_step(settings, batch: int, kernels: str, together: bool, device):
     labels = torch.randint(settings.model.classes, (batch,), device=device)
     this_pass = make_pass(settings, model, strategy, mean, kernels, batch)
 
-    def step() -> None:
-        this_pass.run(this_pass.prepare(images, offsets, mirror), labels, 1)
+    def step(timer=None) -> None:
+        mark = timer.mark if timer else lambda section: None
+        crops = this_pass.prepare(images, offsets, mirror)
+        if timer:
+            timer.start(0.0)
+        this_pass.run(crops, labels, 1)
+        mark(COMPUTE)
         strategy.communicate()
+        mark(EXPOSED)
         strategy.update()
+        mark(UPDATE)
         strategy.after_update(0)
+        mark(EXPOSED)
+        if timer:
+            timer.end()
 
     return step
 
@@ -174,4 +190,5 @@ def text(result: dict) -> str:
             f"without the allreduce {result['images_per_second_without_allreduce']:,.1f} images/s: efficiency "
             f"{result['efficiency']:.1%}"
         )
+    lines.append(f"timers of job.train: {result['timer_cost']:+.2%} of a step's time")
     return "\n".join(lines)

@@ -59,6 +59,7 @@ class Network:
         labels: int64 (batch,), likewise.
         loss: float32 scalar, the mean over the batch, after `head`.
         copies: parameter -> its copy in `dtype`, for fc6 to fc8; empty in float32.
+        head_gradients, tail_gradients: float32, one axis: the memory of all gradients that `head`, and `tail`, makes.
     """
 
     def __init__(self, model: AlexNet, batch: int, dtype: torch.dtype, graphs: bool = True):
@@ -69,11 +70,10 @@ class Network:
         self.images = torch.zeros(batch, side, side, 48, device=device, dtype=dtype)
         self.labels = torch.zeros(batch, device=device, dtype=torch.int64)
         self.seed = torch.zeros(1, device=device, dtype=torch.int64)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        self.head_parameters = [p for name in ("fc8", "fc7", "fc6") for p in getattr(model, name).parameters()]
-        own = set(map(id, self.head_parameters))
-        self.tail_parameters = [p for p in reversed(list(model.parameters())) if id(p) not in own]
+        head = [p for name in ("fc8", "fc7", "fc6") for p in getattr(model, name).parameters()]
+        own = set(map(id, head))
+        self.head_gradients = _one_gradient(head)
+        self.tail_gradients = _one_gradient([p for p in reversed(list(model.parameters())) if id(p) not in own])
         self.copies: dict[torch.nn.Parameter, Tensor] = {}
         if dtype != torch.float32:
             for parameter in (model.fc6.weight, model.fc7.weight, model.fc8.weight):
@@ -455,6 +455,15 @@ class Network:
             logits, bias, self.labels, losses, logits, n, C=classes, CB=_power_of_two(classes), num_warps=4
         )
         return losses.mean()
+
+
+def _one_gradient(parameters: list[torch.nn.Parameter]) -> Tensor:
+    """Give parameters gradients that lie one behind the other: they travel as one message, which nobody copies."""
+    sizes = [-(-p.numel() // 4) * 4 for p in parameters]  # each begins at a multiple of 16 bytes, as kernels want it
+    flat = torch.zeros(sum(sizes), device=parameters[0].device)
+    for parameter, part in zip(parameters, flat.split(sizes), strict=True):
+        parameter.grad = part[: parameter.numel()].view(parameter.shape)
+    return flat
 
 
 class _BatchNorm:

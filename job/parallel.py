@@ -4,6 +4,8 @@ In: a model and its optimizer, equal on all ranks. Out: a strategy whose `backwa
 `after_update`, in this order, make one step. Both go through Horovod's ring allreduce over MPI, NCCL or Gloo.
 """
 
+import contextlib
+
 import horovod.torch as hvd
 import torch
 from torch import Tensor, nn
@@ -34,8 +36,8 @@ class Alone:
         self.optimizer.zero_grad()
         loss.backward()
 
-    def reduce(self, params: list[nn.Parameter]) -> None:
-        """Gradients of `params` are complete, in a pass that does without autograd."""
+    def reduce(self, gradients: Tensor, ready: torch.cuda.Event | None = None) -> None:
+        """Some gradients, the whole of a flat memory, are complete from `ready` on, in a pass without autograd."""
 
     def communicate(self) -> None:
         """Wait for what of the allreduce the backward pass did not hide."""
@@ -63,32 +65,40 @@ class Gradients(Alone):
         self._autograd = autograd
         self._model = model
         self._under_way: list[tuple] = []
+        self._side: torch.cuda.Stream | None = None
         self.optimizer = optimizer
         if autograd:
             self.optimizer = hvd.DistributedOptimizer(
                 optimizer, named_parameters=model.named_parameters(), compression=self._compression
             )
 
-    def reduce(self, params: list[nn.Parameter]) -> None:
-        """Begin to average the gradients of `params`, which are complete, as one message."""
+    def reduce(self, gradients: Tensor, ready: torch.cuda.Event | None = None) -> None:
+        """Begin to average `gradients`, in place, as one message; its memory is not to be written meanwhile.
+
+        With `ready` the message waits for that event instead of for all that the device has been given to do. So it can
+        be handed in behind later work: Horovod, when it completes without the host, lets the stream of the caller wait
+        for the message as soon as that is under way, and what is launched afterwards would not overlap with it.
+        """
         if hvd.size() == 1:
             return
-        packed = [self._compression.compress(p.grad) for p in params]
-        tensors = [tensor for tensor, _ in packed]
-        name = f"gradients_{len(self._under_way)}"
-        handle = hvd.grouped_allreduce_async_(tensors, op=hvd.Average, name=name)
-        self._under_way.append((handle, params, packed))
+        with contextlib.ExitStack() as stack:
+            if ready is not None:
+                self._side = self._side or torch.cuda.Stream(gradients.device)
+                self._side.wait_event(ready)
+                stack.enter_context(torch.cuda.stream(self._side))
+            tensor, context = self._compression.compress(gradients)
+            handle = hvd.allreduce_async_(tensor, op=hvd.Average, name=f"gradients_{len(self._under_way)}")
+        self._under_way.append((handle, gradients, tensor, context))
 
     def communicate(self) -> None:
         """Wait for what of the allreduce the backward pass did not hide."""
         if self._autograd:
             self.optimizer.synchronize()
             return
-        for handle, params, packed in self._under_way:
+        for handle, gradients, tensor, context in self._under_way:
             hvd.synchronize(handle)
-            for p, (tensor, context) in zip(params, packed, strict=True):
-                if tensor is not p.grad:
-                    p.grad.copy_(self._compression.decompress(tensor, context))
+            if tensor is not gradients:
+                gradients.copy_(self._compression.decompress(tensor, context))
         self._under_way.clear()
 
     def update(self) -> None:

@@ -92,6 +92,7 @@ class FastPass:
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self._network = fast.Network(model, batch, dtype)
         self._strategy, self._mean = strategy, mean
+        self._head_done = torch.cuda.Event()
         strategy.optimizer.copies.update(self._network.copies)
         strategy.optimizer.refresh()
 
@@ -106,9 +107,10 @@ class FastPass:
         network.labels.copy_(labels)
         network.seed.fill_(seed)
         network.head()
-        self._strategy.reduce(network.head_parameters)
+        self._head_done.record()
         network.tail()
-        self._strategy.reduce(network.tail_parameters)
+        self._strategy.reduce(network.head_gradients, self._head_done)
+        self._strategy.reduce(network.tail_gradients)
         return network.loss
 
 

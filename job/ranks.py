@@ -127,6 +127,10 @@ def run_ranks(main: Callable[[], None]) -> NoReturn:
 
     An error is told once: by rank 0 when all ranks meet it, else by the rank that met it, with its rank and host.
     """
+    if not heartbeat.ELASTIC:  # which must hear from the device itself that a message has failed
+        # A GPU's stream waits for its messages, not the host: without this, what comes behind an allreduce is launched
+        # only when that is over, and the next batch is copied later still. 2 H100, batch 2 x 512: see PERFORMANCE.md.
+        os.environ.setdefault("HOROVOD_ENABLE_ASYNC_COMPLETION", "1")
     hvd.init()
     launched = int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1))
     if launched > 1 and hvd.size() == 1:

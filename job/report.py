@@ -100,7 +100,8 @@ def model_of(study: Study, sizes: Sequence[Size]) -> Model | None:
 def fit_options(study: Study) -> dict[str, Any]:
     """What `scalingmodel.fit` needs to know of a study besides its sizes."""
     loader = study.limits.get("loader", {}).get("images_per_second")
-    return how_of(study) | {"loader": loader}
+    over = study.done[0].timings["environment"]["horovod_over"]
+    return how_of(study) | {"loader": loader, "over": over}
 
 
 def how_of(study: Study) -> dict[str, str]:

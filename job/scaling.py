@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -305,10 +306,6 @@ def predict(options: argparse.Namespace) -> None:
     assumptions = list(scalingmodel.ASSUMPTIONS)
     if "network" not in model.measured_links and not assumed.network_bandwidth:
         assumptions.append("No size of several nodes was measured and no --network is given: 10 Gbit/s is assumed.")
-    if options.parallel == "hybrid":
-        assumptions.append(
-            "Hybrid is modelled only: FC layers split over the ranks of a node; job.train does not do it."
-        )
     if options.json:
         print(json.dumps({"predictions": rows, "assumptions": assumptions}, indent=1))
         return
@@ -330,6 +327,8 @@ def main() -> None:
     if options.command != "run" and further:
         parser().parse_args()  # tells which option is unknown
     if options.command == "run":
+        # What a study has started ends with it: SIGTERM is an exception like Ctrl-C.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         run_study(options, further)
     elif options.command == "report":
         write_report(options)

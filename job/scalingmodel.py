@@ -51,6 +51,8 @@ PRIORS = {
     "network latency": (20e-6, 3.0),
     "network bandwidth": (1.25e9, 10.0),  # 10 Gbit/s
 }
+# NCCL between the GPUs of a node: 15 GB/s over PCIe to 250 GB/s over NVLink.
+LOCAL_BANDWIDTH_NCCL = (60e9, 4.0)
 # A link whose nominal speed is given: what TCP, RDMA and the copies leave of it.
 LINK_EFFICIENCY, LINK_SPREAD = 0.85, 1.15
 
@@ -96,7 +98,7 @@ class Scenario:
     storage: float | None = None  # images/s of the file system, all nodes together
     algorithm: str = "auto"  # auto (the cheaper of ring and tree), ring, hierarchical or tree
     compression: float = 1.0  # factor on the bytes of gradients: 0.5 for fp16
-    parallel: str = "gradients"  # gradients, weights, or hybrid: FC layers split over the ranks of a node
+    parallel: str = "gradients"  # gradients, weights, or hybrid: FC layers split over the ranks
     synthetic: bool = False
 
 
@@ -160,31 +162,24 @@ def communication_seconds(
     if scenario.parallel == "weights":  # weights and velocities, after the update
         return cost(2 * sum(g.bytes for g in gradients))
     if scenario.parallel == "hybrid":
-        return _hybrid_seconds(gradients, compute, parameters, scenario, cost)
+        return _hybrid_seconds(gradients, parameters, scenario, cost)
     return exposed_seconds(gradients, BACKWARD_SHARE * compute, cost)
 
 
-def _hybrid_seconds(gradients, compute: float, parameters: dict[str, float], scenario: Scenario, cost) -> float:
-    """FC layers split over the ranks of a node: activations travel within nodes, a part of the FC gradients across.
+def _hybrid_seconds(gradients, parameters: dict[str, float], scenario: Scenario, cost) -> float:
+    """FC layers split over all ranks, as in job.hybrid: activations of the global batch travel, and gradients of the
+    convolutions; the next layer waits for each.
 
-    Krizhevsky, "One weird trick for parallelizing convolutional neural networks" (arXiv:1404.5997), within a node.
+    Krizhevsky, "One weird trick for parallelizing convolutional neural networks" (arXiv:1404.5997), scheme (a).
     """
-    g = min(scenario.ranks_per_node, scenario.ranks)
-    split = [x for x in gradients if len(x.shape) == 2]  # weights of FC layers, (out, in)
-    inputs = sum(x.shape[1] for x in split)
-    images = scenario.global_batch / scenario.ranks
-    # Each rank needs the inputs of all g ranks, and gives back the gradients of theirs.
-    activations = 2 * 4 * inputs * images * (g - 1) / parameters["local bandwidth"]
-    activations += 4 * len(split) * (g - 1) * parameters["local latency"]
-    nodes = math.ceil(scenario.ranks / g)
-    across = 0.0
-    if nodes > 1:
-        nbytes = sum(x.bytes for x in split) * scenario.compression  # of all ranks of a node, through its link
-        across = allreduce_seconds(nbytes, nodes, 1, parameters, scenario.algorithm)
-    rest = [x for x in gradients if len(x.shape) != 2]
-    convolutions = exposed_seconds(rest, BACKWARD_SHARE * compute, cost)
-    hidden = max(0.0, BACKWARD_SHARE * compute - convolutions)
-    return activations + convolutions + max(0.0, across - hidden)
+    split = [x for x in gradients if len(x.shape) == 2]  # weights of FC layers, (out, in), the last layer first
+    # All ranks gather what a layer reads, and sum and scatter its gradient: together, these cost an allreduce.
+    sizes = [4.0 * scenario.global_batch * x.shape[1] for x in split]
+    sizes.append(4.0 * scenario.global_batch * split[0].shape[0] / 2 if split else 0.0)  # scores are gathered alone
+    per_node, algorithm = scenario.ranks_per_node, scenario.algorithm
+    activations = sum(allreduce_seconds(size, scenario.ranks, per_node, parameters, algorithm) for size in sizes)
+    activations += (2 * len(split) + 1) * parameters["overhead"]
+    return activations + cost(sum(x.bytes for x in gradients if len(x.shape) != 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,12 +330,14 @@ def fit(
     algorithm: str = "auto",
     loader: float | None = None,
     links: dict[str, float] | None = None,
+    over: str = "",
 ) -> Model:
     """Fit the model to `measured` sizes; one is enough, and leaves the network to PRIORS.
 
     Args:
         loader: images/s of a node's loader where that was measured by itself (`job.bench loader`).
         links: known values of PRIORS' parameters, say a measured bandwidth; they are not fitted.
+        over: what carries the messages (MPI, Gloo, NCCL): it decides what is believed of the links within a node.
 
     Raises:
         ValueError: nothing to fit.
@@ -361,7 +358,8 @@ def fit(
         UPDATE: times(UPDATE, "step"),
         REST: times(REST, "step"),
     }
-    parameters, samples = _fit_links(measured, per_node, tuple(gradients), (parallel, algorithm), links or {})
+    priors = PRIORS | ({"local bandwidth": LOCAL_BANDWIDTH_NCCL} if over == "NCCL" else {})
+    parameters, samples = _fit_links(measured, per_node, tuple(gradients), (parallel, algorithm), links or {}, priors)
     waits = []
     for m in measured:
         busy = m.sections[TO_DEVICE] + m.sections[COMPUTE] + m.sections[UPDATE]
@@ -401,16 +399,16 @@ def _reading_limits(real: Sequence[Measured], loader: float | None) -> tuple[flo
 
 
 def _fit_links(
-    measured, per_node, gradients, how: tuple[str, str], known: dict[str, float]
+    measured, per_node, gradients, how: tuple[str, str], known: dict[str, float], priors: dict[str, tuple]
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Overhead, latencies and bandwidths that explain the measured EXPOSED sections, as far as PRIORS allow.
+    """Overhead, latencies and bandwidths that explain the measured EXPOSED sections, as far as `priors` allow.
 
     Maximum a posteriori in the logarithms by Gauss-Newton with damping; returns them, and samples of the logarithms
     from what measurements and priors leave open.
     """
-    names = list(PRIORS)
-    centre = np.log([known.get(name, PRIORS[name][0]) for name in names])
-    spread = np.array([0.01 if name in known else math.log(PRIORS[name][1]) for name in names])
+    names = list(priors)
+    centre = np.log([known.get(name, priors[name][0]) for name in names])
+    spread = np.array([0.01 if name in known else math.log(priors[name][1]) for name in names])
     sizes = [(m, g) for m, g in zip(measured, per_node, strict=True) if m.ranks > 1]
     scale = [max(m.error, NOISE * m.step) for m, _ in sizes]
 

@@ -291,14 +291,20 @@ def _run_directory(path: str, point: Point) -> str:
     """An empty run directory for a point: what an interrupted attempt left is removed."""
     folder = os.path.join(os.path.abspath(path), "runs", point.name)
     shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(folder)
+    try:
+        os.makedirs(folder)
+    except OSError as error:
+        raise InputError(
+            f"cannot make {folder} anew: {error.strerror}; end what still writes there, or choose another --study"
+        ) from None
     return folder
 
 
 def _options(plan: Plan, point: Point, folder: str) -> list[str]:
     data = point.data if point.synthetic or "://" in point.data else os.path.abspath(point.data)
     fixed = {"data": data, "out": folder, "global-batch": point.global_batch, "max-steps": plan.steps}
-    fixed |= {"eval-every": 0, "log-every": max(1, plan.steps // 5)}
+    # No checkpoint but the one at the end, however short an epoch of the data is.
+    fixed |= {"eval-every": 0, "checkpoint-every": plan.steps, "log-every": max(1, plan.steps // 5)}
     return [*plan.train, *(word for name, value in fixed.items() for word in (f"--{name}", str(value)))]
 
 

@@ -173,6 +173,8 @@ def train(config: settings.Config, memory) -> None:
         strategy.equalise()
         if rank == 0:
             checkpoints.save(step, whole_state(owed), best_now)
+        # The others would wait for rank 0 in the next allreduce, and that would count as communication.
+        hvd.barrier()
         seconds["checkpoints"] += time.perf_counter() - before
 
     try:

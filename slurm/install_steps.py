@@ -355,9 +355,10 @@ def choose_cuda(choice: str, torch: Torch) -> Cuda:
             f"nvcc in {home} is CUDA {nvcc}, but torch {torch.version} is built for CUDA {torch.cuda}; module load "
             f"cuda/{torch.cuda}, or --cuda no to do without GPUs"
         )
-    pip_nccl = pathlib.Path(sysconfig.get_path("purelib"), "nvidia", "nccl")
-    if (pip_nccl / "include" / "nccl.h").exists() and (pip_nccl / "lib" / "libnccl.so.2").exists():
-        return Cuda(nvcc, home, nccl_version(pip_nccl / "include" / "nccl.h"), str(pip_nccl))
+    for folder in sys.path:  # torch, and the NCCL that came with it, may lie in an environment below this one
+        pip_nccl = pathlib.Path(folder, "nvidia", "nccl")
+        if (pip_nccl / "include" / "nccl.h").exists() and (pip_nccl / "lib" / "libnccl.so.2").exists():
+            return Cuda(nvcc, home, nccl_version(pip_nccl / "include" / "nccl.h"), str(pip_nccl))
     homes = [os.environ.get(name, "") for name in ("HOROVOD_NCCL_HOME", "NCCL_HOME", "NCCL_ROOT", "EBROOTNCCL")]
     for place in [*filter(None, homes), home, "/usr", "/usr/local"]:
         header = pathlib.Path(place, "include", "nccl.h")

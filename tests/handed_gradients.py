@@ -14,12 +14,16 @@ def main(wire: str) -> None:
     layers = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Linear(20, 3))
     optimizer = MomentumSGD(layers.parameters(), lr=1.0, momentum=0.0)
     strategy = Gradients(layers, optimizer, wire, autograd=False)
-    head, tail = list(layers[1].parameters()), list(layers[0].parameters())
+    flat = torch.zeros(sum(p.numel() for p in layers.parameters()))
+    sizes = [p.numel() for p in layers.parameters()]
+    for p, part in zip(layers.parameters(), flat.split(sizes), strict=True):
+        p.grad = part.view(p.shape)
+    tail, head = flat.split([sum(sizes[:2]), sum(sizes[2:])])
     for step in range(3):
         mean = []
         for number, p in enumerate(layers.parameters()):
             each = [torch.full_like(p, 0.1 * (number + 1) * (rank + 1) + step) for rank in range(hvd.size())]
-            p.grad = each[hvd.rank()].clone()
+            p.grad.copy_(each[hvd.rank()])
             mean.append(sum(each) / hvd.size())
         places = [p.grad.data_ptr() for p in layers.parameters()]
         before = [p.detach().clone() for p in layers.parameters()]

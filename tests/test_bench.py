@@ -46,6 +46,7 @@ def test_a_step_is_measured_on_one_rank_and_on_two():
     result = printed(python("job.bench", "compute", *STEP))
     assert result["images_per_second"] > 0 and len(result["rounds"]) == 3 and result["ranks"] == 1
     assert result["device"] and result["versions"]["torch"]
+    assert -1 < result["timer_cost"] < 1
     result = printed(horovodrun(2, "job.bench", "train", *STEP))
     assert result["ranks"] == 2 and result["efficiency"] == pytest.approx(
         result["images_per_second"] / result["images_per_second_without_allreduce"]

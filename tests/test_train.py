@@ -67,6 +67,17 @@ def test_gradients_that_are_handed_in_are_averaged_where_they_lie(wire):
     assert done.returncode == 0 and "averaged" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two CUDA GPUs")
+@pytest.mark.parametrize("strategy", ["gradients", "weights", "hybrid"])
+def test_two_gpus_train_as_one_does(demo_data, tmp_path, strategy):
+    options = [*FIFTY_STEPS, "--device", "cuda", "--deterministic", "true", "--parallel", strategy]
+    for ranks in (1, 2):
+        train(ranks, demo_data, tmp_path / str(ranks), *options)
+    one, two = (losses(tmp_path / str(ranks))[2:] for ranks in (1, 2))  # a loss is read two steps late
+    assert two == pytest.approx(one, rel=1e-3)
+
+
 def test_half_precision_on_the_wire_gives_nearly_the_same_losses(demo_data, tmp_path, one_rank):
     train(2, demo_data, tmp_path / "half", *FIFTY_STEPS, "--wire", "fp16")
     assert losses(tmp_path / "half") == pytest.approx(losses(one_rank), rel=1e-2)
