@@ -5,6 +5,7 @@ In: a run directory or a checkpoint, and shards. Out: a line of text, or JSON wi
 
 import argparse
 import json
+from collections.abc import Callable
 
 from shards.cli import InputError, Parser, run
 
@@ -24,11 +25,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def validate(model, loader, mean, device, precision: str) -> dict[str, float]:
+def validate(
+    model, loader, mean, device, precision: str, give_up: Callable[[], bool] = lambda: False
+) -> dict[str, float] | None:
     """Accuracy of `model` on all samples that the ranks' loaders hold together.
 
     Every rank calls it with its own part; one sum over ranks at the end makes the figures the same everywhere.
-    Returns: top1 and top5 (fractions), loss (mean cross-entropy, nats), samples.
+    Returns: top1 and top5 (fractions), loss (mean cross-entropy, nats), samples. None, on all ranks, when `give_up`
+    became true on one before its last batch.
     Raises InputError, on all ranks, when more samples are of no use than the loader allows.
     """
     import horovod.torch as hvd
@@ -38,12 +42,16 @@ def validate(model, loader, mean, device, precision: str) -> dict[str, float]:
     from job.augment import prepare, to_device
     from job.loader import too_many_bad
 
-    sums = torch.zeros(5, dtype=torch.float64, device=device)  # right in 1, right in 5, loss, samples, bad ones
+    # Right in 1, right in 5, loss, samples, bad ones, ranks that gave up.
+    sums = torch.zeros(6, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             for batch, images, labels in to_device(loader, device, lambda *parts: prepare(*parts, mean)):
+                if give_up():
+                    sums[5] = 1
+                    break
                 scores = model(images).float()  # (n, classes)
                 five = scores.topk(min(5, scores.shape[1]), dim=1).indices  # (n, 5)
                 hits = five == labels[:, None]
@@ -55,6 +63,8 @@ def validate(model, loader, mean, device, precision: str) -> dict[str, float]:
     finally:
         model.train(was_training)
     sums = hvd.allreduce(sums.cpu(), name="validation", op=hvd.Sum)
+    if sums[5]:
+        return None
     bad = int(sums[4])
     if bad > loader.max_bad_fraction * loader.split.nsamples:
         raise InputError(too_many_bad(bad, loader.split, loader.max_bad_fraction))

@@ -1,10 +1,11 @@
 """Ranks watch each other, so that one that hangs ends the job instead of letting the others wait for ever.
 
 In: Horovod, initialised; a number that grows while this rank gets on. Out: when a rank is stopped (SIGSTOP), its node
-is gone, or it stands still, one line that names rank and host, and the end of the job. (Horovod's own stall check does
-not see a stopped rank: the cycle in which it looks waits for that rank, too.)
+is gone, it stands still, or its launcher was killed, one line that names rank and host, and the end of the job.
+(Horovod's own stall check does not see a stopped rank: the cycle in which it looks waits for that rank, too.)
 """
 
+import contextlib
 import hmac
 import os
 import secrets
@@ -39,6 +40,10 @@ ELASTIC = os.environ.get("HOROVOD_ELASTIC") == "1"
 _HELLO = struct.Struct("!16sI")  # the job's token, rank
 _STARTING, _ALIVE, _ENDING = b"-", b".", b"!"
 _HOROVOD = os.path.dirname(os.path.abspath(horovod.__file__))
+
+# What launchers put into the environment of their ranks. Whoever started a process without one may end before it.
+_LAUNCHED = any(name in os.environ for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "HOROVOD_RANK"))
+_PARENT = os.getppid()
 
 _progress: Callable[[], float] | None = None
 _record: Callable[[str], None] | None = None
@@ -127,7 +132,9 @@ class _Own:
         self._since += seconds
 
     def hangs(self) -> str:
-        """What to say when this rank stands still; mostly nothing."""
+        """What to say when this rank stands still, or nobody would end it; mostly nothing."""
+        if _LAUNCHED and os.getppid() != _PARENT:
+            return "has lost its launcher"
         now = time.monotonic()
         value = _progress() if _progress else None
         at = _main_thread()
@@ -294,7 +301,8 @@ def _silent(rank: int, host: str, seconds: float) -> str:
 def _end(reason: str, peers: dict[socket.socket, int] | None = None) -> NoReturn:
     """Say why, and end this process; then the launcher, and the other ranks too, end the rest."""
     if reason:
-        print(f"error: {reason}; run the same command again", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a launcher that is gone does not listen
+            print(f"error: {reason}; run the same command again", file=sys.stderr, flush=True)
         if _record:
             # In a thread of its own: it may be the file system that hangs.
             writer = threading.Thread(target=_record, args=(reason,), daemon=True)

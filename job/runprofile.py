@@ -21,7 +21,15 @@ from shards.split import Split, is_remote
 _HOST_BYTES = 64  # of a host name, gathered as a tensor like the rest
 # Settings of the layers below that change the speed of an allreduce.
 _TUNING = ("HOROVOD_", "NCCL_", "OMP_NUM_THREADS", "UCX_")
-_NOT_TUNING = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL", "HOROVOD_CROSS", "HOROVOD_GLOO", "HOROVOD_HOSTNAME")
+_NOT_TUNING = (
+    "HOROVOD_RANK",
+    "HOROVOD_SIZE",
+    "HOROVOD_LOCAL",
+    "HOROVOD_CROSS",
+    "HOROVOD_GLOO",
+    "HOROVOD_HOSTNAME",
+    "HOROVOD_TERMINAL",
+)
 
 
 def run_profile(config: Config, split: Split, timer: StepTimer, warmup: int, device: torch.device) -> dict[str, Any]:

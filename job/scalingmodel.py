@@ -19,11 +19,13 @@ import numpy as np
 WAIT, TO_DEVICE = "waiting for data", "host to device"
 COMPUTE, EXPOSED, UPDATE, REST = "forward and backward", "allreduce, not hidden", "update", "rest"
 STRAGGLERS = "waiting for stragglers"  # the part of EXPOSED in which a rank waits for others, not for the network
+SHARED_NODE, SHARED_DEVICE = "image, a further rank", "allreduce beside it"  # features of a time: see _features
 SECTIONS = (WAIT, TO_DEVICE, COMPUTE, EXPOSED, STRAGGLERS, UPDATE, REST)
 
 ASSUMPTIONS = (
-    "Forward and backward, copy to the device and update take a time that is linear in the images a rank has, and "
-    "grows linearly with the ranks of a node (shared memory and power).",
+    "Forward and backward, copy to the device and update take a time that is linear in the images a rank has. On CPUs "
+    "it grows linearly with the ranks of a node (shared memory and power); on GPUs, forward and backward grow with the "
+    "bytes that an allreduce carries meanwhile, for NCCL takes a part of the GPU.",
     "The backward pass is two thirds of forward and backward; gradients become ready in proportion to the arithmetic "
     "of the layers behind them, and Horovod sends at once all that are ready, up to its fusion threshold.",
     "An allreduce costs what the cheaper of ring and tree costs by latency and bandwidth of the links (hierarchical, "
@@ -190,17 +192,18 @@ class Linear:
     coefficients: np.ndarray
     covariance: np.ndarray
 
-    def __call__(self, images: float, per_node: int, draw: np.ndarray | None = None) -> float:
-        values = _features(images, per_node)
+    def __call__(self, images: float, per_node: int, ranks: int, draw: np.ndarray | None = None) -> float:
+        values = _features(images, per_node, ranks)
         coefficients = self.coefficients
         if draw is not None:
             coefficients = np.maximum(0.0, coefficients + draw[: len(coefficients)] @ _root(self.covariance))
         return float(sum(c * values[name] for name, c in zip(self.features, coefficients, strict=True)))
 
 
-def _features(images: float, per_node: int) -> dict[str, float]:
-    """Images a rank and step, its ranks per node, and what times may depend on."""
-    return {"image": images, "step": 1.0, "image, a further rank": images * (per_node - 1)}
+def _features(images: float, per_node: int, ranks: int) -> dict[str, float]:
+    """What times may depend on: images a rank and step, ranks that share its node, messages that pass meanwhile."""
+    beside = 2 * (ranks - 1) / ranks  # bytes on the wire over bytes of gradients
+    return {"image": images, "step": 1.0, SHARED_NODE: images * (per_node - 1), SHARED_DEVICE: beside}
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
@@ -208,8 +211,8 @@ def _root(covariance: np.ndarray) -> np.ndarray:
     return (vectors * np.sqrt(np.maximum(values, 0))).T
 
 
-def fit_linear(sizes: Sequence[tuple[float, int]], seconds: Sequence[float], wanted: Sequence[str]) -> Linear:
-    """Non-negative least squares of relative errors over `sizes` (images a rank, ranks per node).
+def fit_linear(sizes: Sequence[tuple[float, int, int]], seconds: Sequence[float], wanted: Sequence[str]) -> Linear:
+    """Non-negative least squares of relative errors over `sizes` (images a rank, ranks per node, ranks).
 
     Of the `wanted` features, in this order, those are used that the sizes can tell apart.
     """
@@ -275,7 +278,7 @@ class Model:
         per_node = min(scenario.ranks_per_node, scenario.ranks)
         result = dict.fromkeys(SECTIONS, 0.0)
         for name, line in self.times.items():
-            result[name] = line(images, per_node, None if draw is None else draw.standard_normal(3))
+            result[name] = line(images, per_node, scenario.ranks, None if draw is None else draw.standard_normal(3))
         parameters = self._parameters(scenario, draw)
         result[EXPOSED] = communication_seconds(self.gradients, result[COMPUTE], parameters, scenario)
         if draw is not None and scenario.ranks > self.largest:
@@ -346,14 +349,15 @@ def fit(
         raise ValueError("no measured sizes")
     per_node = [math.ceil(m.ranks / m.nodes) for m in measured]
     images = [m.global_batch / m.ranks for m in measured]
-    sizes = list(zip(images, per_node, strict=True))
+    sizes = [(i, g, m.ranks) for i, g, m in zip(images, per_node, measured, strict=True)]
 
     def times(section: str, *wanted: str) -> Linear:
         return fit_linear(sizes, [m.sections[section] for m in measured], wanted)
 
-    shared = "image, a further rank"
+    # GPUs are a rank's own, but an allreduce takes a part of them while it runs; cores and their memory are shared.
+    shared = SHARED_DEVICE if over == "NCCL" else SHARED_NODE
     lines = {
-        TO_DEVICE: times(TO_DEVICE, "image", shared),
+        TO_DEVICE: times(TO_DEVICE, "image", SHARED_NODE),
         COMPUTE: times(COMPUTE, "image", "step", shared),
         UPDATE: times(UPDATE, "step"),
         REST: times(REST, "step"),

@@ -14,12 +14,13 @@ import random
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import psutil
 
 from job.scalingmodel import EXPOSED, SECTIONS, STRAGGLERS, Gradient, Measured
 from shards.cli import InputError, Parser
@@ -337,12 +338,20 @@ def _run_here(path: str, plan: Plan, point: Point, limit: float) -> None:
         except subprocess.TimeoutExpired:
             point.error = f"not done in {limit:.0f} s"
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end(process)
     point.seconds = round(time.monotonic() - began, 3)
     if point.error:
         point.error += reason(log)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a launcher and its ranks, which are in process groups of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(process.pid)
+        for each in [launcher, *launcher.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+    process.wait()
 
 
 def reason(log: str) -> str:

@@ -137,12 +137,19 @@ def train(config: settings.Config, memory) -> None:
     model.train()
 
     def validate_now() -> bool:
-        """Validate behind the last step of an epoch. Returns whether this is the best result so far."""
+        """Validate behind the last step of an epoch. Returns whether this is the best result so far.
+
+        A request to stop ends it, and `progress.stop` is set: then it is owed.
+        """
         nonlocal validation, best
         started = time.perf_counter()
         strategy.equalise()
-        validation = validate(model, val_loader, mean, device, config.precision)
+        found = validate(model, val_loader, mean, device, config.precision, lambda: bool(stop.requested))
         seconds["validation"] += time.perf_counter() - started
+        if found is None:
+            progress.stop = True
+            return False
+        validation = found
         before, best = best, max(best, validation["top1"])
         ended = (step - 1) * batch // nsamples
         log.write("val", step, ended, **validation)
@@ -180,9 +187,12 @@ def train(config: settings.Config, memory) -> None:
     try:
         start_up = time.time() - began
         if resumed["owed"]:  # the run was stopped at the end of an epoch
-            save(validate_now(), owed=False)
+            best_now = validate_now()
+            owed = progress.stop
+            save(best_now, owed)
         progress.restart_clock()
-        for item, images, labels in to_device(loader, device, this_pass.prepare) if step < last_step else ():
+        going_on = step < last_step and not progress.stop
+        for item, images, labels in to_device(loader, device, this_pass.prepare) if going_on else ():
             if memory.due(step, first_step):  # elastic training: what the others go on from when a rank is lost
                 progress.collect()
                 strategy.equalise()

@@ -9,10 +9,14 @@ import json
 import math
 import re
 import shutil
+import signal
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -322,6 +326,29 @@ def test_a_folder_holds_one_study(tmp_path, monkeypatch):
     other = study.Plan((1, 2), ("strong",), ("synthetic",), 32, 1, 20, 1, ())
     with pytest.raises(InputError, match="global_batch 64, not 32"):
         study.run(path, other, lambda line: None)
+
+
+def test_a_study_that_is_told_to_end_leaves_no_run_behind_and_carries_on(tmp_path):
+    command = ["run", "--np", "1", "--mode", "strong", "--data", "synthetic", "--repeats", "1", "--global-batch", "4"]
+    command += ["--recipe", "demo", "--model.width", "0.1", "--study", str(tmp_path / "study"), "--no-bench"]
+    whole = [sys.executable, "-m", "job.scaling", *command]
+    with subprocess.Popen([*whole, "--steps", "1000000"], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 60
+        while not any("images/s" in log.read_text() for log in tmp_path.glob("study/runs/*/log.txt")):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(20) == 128 + signal.SIGTERM
+
+    def left() -> list[psutil.Process]:
+        return [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or ())]
+
+    end = time.monotonic() + 10  # mpirun is killed, and its ranks with it
+    while left() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not left()
+    points = tmp_path / "study" / "points"
+    assert not list(points.iterdir())
 
 
 def test_a_study_on_this_machine(tmp_path):

@@ -106,7 +106,11 @@ def test_each_option_of_a_prediction_does_what_it_should(model):
     assert rate(loader=5_000) == pytest.approx(64 * 5_000, rel=0.01)
     assert rate(storage=100_000) == pytest.approx(100_000, rel=0.01)
     assert rate(parallel="weights") < rate()  # twice the bytes, and nothing hidden
-    assert rate(parallel="hybrid", local_bandwidth=450e9) > 0
+    # Small batches on a slow network: activations are less than gradients. Large ones: they are more.
+    slow = {"network_bandwidth": 1e9, "ranks_per_node": 1, "ranks": 8}
+    for batch, better in ((1024, True), (16384, False)):
+        by_hybrid, by_gradients = (rate(**slow, global_batch=batch, parallel=p) for p in ("hybrid", "gradients"))
+        assert (by_hybrid > by_gradients) == better
     assert model.predict(Scenario(10_000, 5_120_000, 4)).high < 10_000 * rate(ranks=1, global_batch=512) * 1.1
 
 

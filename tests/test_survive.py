@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from job import heartbeat
-from tests.launch import ROOT, error_lines, horovodrun, metrics, python
+from tests.launch import ROOT, error_lines, horovodrun, metrics, python, run
 
 SMALL = ["--recipe", "demo", "--model.width", "0.0625", "--eval-every", "0", "--log-every", "1", "--workers", "0"]
 LONG = ["--epochs", "1000"]  # longer than any test
@@ -133,6 +133,32 @@ def test_a_stop_at_the_end_of_an_epoch_loses_no_validation(demo_data, tmp_path):
     assert [(line["step"], line["epoch"]) for line in metrics(out, "val")] == [(1, 0), (2, 1), (3, 2)]
 
 
+def test_a_stop_ends_a_running_validation_which_is_made_up_for(demo_data, tmp_path):
+    out, options = tmp_path / "run", ["--global-batch", "3000", "--epochs", "2", "--eval-every", "1"]  # a step an epoch
+    arguments = [*SMALL, "--data", str(demo_data), "--out", str(out), *options]
+    code = """
+import os, signal, time
+from job import evaluate, train
+from shards.cli import run
+whole = evaluate.validate
+def validate(*arguments):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    while not arguments[-1]():
+        time.sleep(0.01)
+    return whole(*arguments)
+evaluate.validate = validate
+run(train.main)
+"""
+    stopped = run(sys.executable, "-c", code, *arguments)
+    assert stopped.returncode == 75 and newest_step(out) == 1, stopped.stdout + stopped.stderr
+    assert not metrics(out, "val") and final_weights(out)["owed"]
+    again = run(sys.executable, "-c", code, *arguments)  # stopped in the validation that it owes
+    assert again.returncode == 75 and not metrics(out, "val") and final_weights(out)["owed"], again.stderr
+    done = python("job.train", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert [(line["step"], line["epoch"]) for line in metrics(out, "val")] == [(1, 0), (2, 1)]
+
+
 def test_a_second_request_ends_at_once_even_when_the_first_cannot_be_met(demo_data, tmp_path):
     with Job(demo_data, tmp_path / "run", *LONG) as job:
         job.until(lambda: job.steps() > 3, "training")
@@ -208,6 +234,16 @@ def test_a_rank_that_hangs_ends_the_job_and_is_named(demo_data, tmp_path):
                 continue
             assert code == 1 and "no sign of life" in line, job.text
             assert metrics(tmp_path / name, "event")[-1]["event"] == "hang"
+
+
+@pytest.mark.parametrize("gloo", [False, True], ids=["mpi", "gloo"])
+def test_ranks_do_not_outlive_a_launcher_that_was_killed(demo_data, tmp_path, gloo):
+    with Job(demo_data, tmp_path / "run", *LONG, gloo=gloo) as job:
+        job.until(lambda: job.steps() > 1, "training")
+        ranks = list(job.ranks().values())
+        assert len(ranks) == 2
+        job.process.kill()
+        assert not psutil.wait_procs(ranks, 20)[1]
 
 
 def test_slow_is_not_hanging(monkeypatch):
