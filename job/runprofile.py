@@ -29,6 +29,7 @@ _NOT_TUNING = (
     "HOROVOD_GLOO",
     "HOROVOD_HOSTNAME",
     "HOROVOD_TERMINAL",
+    "NCCL_SOCKET_IFNAME",  # horovodrun sets it by the number of nodes
 )
 
 

@@ -241,6 +241,13 @@ PATCHES = (
         "",
         "they are installed by then; setuptools would fetch them by itself",
     ),
+    # The rank.
+    Patch(
+        "horovod/torch/mpi_ops_v2.cc",
+        "      std::this_thread::yield();\n",
+        "      std::this_thread::sleep_for(std::chrono::microseconds(50));\n",
+        "a rank that waits took half of its core, and Python's lock, from the threads that it waits for",
+    ),
     # horovodrun.
     Patch(
         "horovod/runner/js_run.py",

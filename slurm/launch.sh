@@ -75,7 +75,8 @@ use() {
         horovodrun)
             hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/:$per_node/" | paste -sd,)
             launch=("${shield[@]}" horovodrun --gloo -np "$ranks" -H "$hosts")
-            [ -z "$NETWORK_INTERFACE" ] || launch+=(--network-interface "$NETWORK_INTERFACE")
+            # On one node it talks over loopback, whatever the interface to the others is.
+            if [ "$NETWORK_INTERFACE" ] && ((nodes > 1)); then launch+=(--network-interface "$NETWORK_INTERFACE"); fi
             ;;
     esac
 }
