@@ -47,6 +47,7 @@ _PARENT = os.getppid()
 
 _progress: Callable[[], float] | None = None
 _record: Callable[[str], None] | None = None
+_longest_silent: Callable[[], tuple[float, int, str]] | None = None  # seconds, rank, host
 
 
 def watch(progress: Callable[[], float], record: Callable[[str], None]) -> None:
@@ -62,6 +63,27 @@ def forget() -> None:
     """The rank is between two times of training: nothing to watch."""
     global _progress, _record
     _progress = _record = None
+
+
+def lost(reason: str) -> str:
+    """This rank has lost the others, and none of them has said why: note it as a hang, and say who is silent, if any.
+
+    Returns what to print: `reason`, or better.
+    """
+    if _longest_silent:
+        seconds, rank, host = _longest_silent()
+        if seconds > 3 * PERIOD:
+            reason = _silent(rank, host, seconds)
+    _note(reason)
+    return reason
+
+
+def _note(reason: str) -> None:
+    if _record:
+        # In a thread of its own: it may be the file system that hangs.
+        writer = threading.Thread(target=_record, args=(reason,), daemon=True)
+        writer.start()
+        writer.join(PERIOD)
 
 
 def start() -> None:
@@ -194,6 +216,13 @@ def _beat_first(listener: socket.socket, token: bytes, hosts: list[str]) -> None
     selector.register(listener, selectors.EVENT_READ, None)
     heard = dict.fromkeys(range(1, len(hosts)), time.monotonic())
     limits = dict.fromkeys(heard, _limit(_STARTING))
+    global _longest_silent
+
+    def longest_silent() -> tuple[float, int, str]:
+        at, rank = min((at, rank) for rank, at in heard.items())
+        return time.monotonic() - at, rank, hosts[rank]
+
+    _longest_silent = longest_silent
     ranks: dict[socket.socket, int] = {}
     due = time.monotonic() + PERIOD
     while True:
@@ -250,6 +279,12 @@ def _beat_other(connection: socket.socket, hosts: list[str]) -> None:
     """The thread of any other rank: hears rank 0."""
     own, woke = _Own(), time.monotonic()
     heard, limit = time.monotonic(), _limit(_STARTING)
+    global _longest_silent
+
+    def longest_silent() -> tuple[float, int, str]:
+        return time.monotonic() - heard, 0, hosts[0]
+
+    _longest_silent = longest_silent
     connection.setblocking(False)
     # When rank 0 is silent, one rank speaks for all; a little later those whose own host is all that is left.
     later = 0.0 if hvd.rank() == 1 else 10.0
@@ -303,11 +338,7 @@ def _end(reason: str, peers: dict[socket.socket, int] | None = None) -> NoReturn
     if reason:
         with contextlib.suppress(OSError):  # a launcher that is gone does not listen
             print(f"error: {reason}; run the same command again", file=sys.stderr, flush=True)
-        if _record:
-            # In a thread of its own: it may be the file system that hangs.
-            writer = threading.Thread(target=_record, args=(reason,), daemon=True)
-            writer.start()
-            writer.join(PERIOD)
+        _note(reason)
     _tell(peers or {}, _ENDING)
     if not reason:
         time.sleep(2 * PERIOD)  # the one that spoke goes first: its exit code is the job's

@@ -161,7 +161,8 @@ def run_ranks(main: Callable[[], None]) -> NoReturn:
         code = 1
     except HorovodInternalError as error:
         _await_end()  # another rank has failed and speaks for itself
-        print(f"error: {where} lost the other ranks: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+        reason = heartbeat.lost(f"{where} lost the other ranks: {str(error).splitlines()[0][:200]}")
+        print(f"error: {reason}; run the same command again", file=sys.stderr)
         leave(1)
     except BaseException:
         text = traceback.format_exc()

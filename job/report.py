@@ -165,6 +165,9 @@ def build(study: Study, prices: cost.Prices, assumed: Assumed) -> dict[str, Any]
         result["curves"].append({"mode": curve.mode, "data": curve.data, "sizes": rows})
     if model:
         result["model"] = _model_facts(study, sizes, model)
+        if assumed.network_bandwidth:
+            given = f"{8 * assumed.network_bandwidth / 1e9:,.3g} Gbit/s, as --network says"
+            result["model"]["assumed_network"] = given
         continued = [predictions(study, assumed, model, curve) for curve in curves]
         result["predictions"] = [
             {"mode": c.mode, "data": c.data, "sizes": rows} for c, rows in zip(curves, continued, strict=True)
@@ -263,6 +266,7 @@ def _model_facts(study: Study, sizes: Sequence[Size], model: Model) -> dict[str,
         "loader_images_per_second_a_node": model.loader if math.isfinite(model.loader) else None,
         "storage_images_per_second": model.storage if math.isfinite(model.storage) else None,
         "measured_links": sorted(model.measured_links),
+        "assumed_network": scalingmodel.assumed_network(fit_options(study)["over"]),
         "assumptions": list(scalingmodel.ASSUMPTIONS),
         "left_out": [
             {

@@ -94,12 +94,14 @@ def _throughput(axes, result: dict[str, Any]) -> str:
     axes[1].axhline(100, color="0.6", linewidth=1, label="ideal")
     if len(span) > 1:
         axes[0].set_yscale("log")
-        from matplotlib.ticker import NullFormatter
+        from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
         low, high = axes[0].get_ylim()
-        wide = high / low > 10
+        if high / low <= 10:  # too few powers of ten to read by
+            axes[0].yaxis.set_major_locator(FixedLocator([t for t in MaxNLocator(6).tick_values(low, high) if t > 0]))
+            axes[0].yaxis.set_minor_locator(NullLocator())
+            axes[0].set_ylim(low, high)
         axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
-        axes[0].yaxis.set_minor_formatter(NullFormatter() if wide else (lambda value, _: f"{value:,.10g}"))
     axes[0].set_ylabel("images/s, all ranks")
     axes[1].set_ylabel("efficiency, % of the smallest size's images/s a rank")
     axes[1].set_ylim(0, max(115, axes[1].get_ylim()[1]))
@@ -164,7 +166,10 @@ def _prediction(axes, result: dict[str, Any]) -> str:
     for axis in axes:
         _ticks(axis, ranks)
         axis.legend(fontsize=7)
-    return "The model's prediction (lines) with 95 % intervals (shaded), and what was measured (markers)."
+    caption = "The model's prediction (lines) with 95 % intervals (shaded), and what was measured (markers)."
+    if "network" not in result["model"]["measured_links"]:
+        caption += f" Beyond a node the network is assumed: {result['model']['assumed_network']}."
+    return caption
 
 
 def _cost(axis, result: dict[str, Any]) -> str:
@@ -383,8 +388,7 @@ def _model_text(result: dict[str, Any]) -> str:
         parts.append("<p>The model could not be checked: that needs two sizes or more.</p>")
     if "network" not in facts["measured_links"]:
         parts.append(
-            "<p>No size of several nodes was measured: between nodes, the model takes 10 Gbit/s within a factor of "
-            "ten, or what --network says.</p>"
+            f"<p>No size of several nodes was measured: between nodes, the model takes {facts['assumed_network']}.</p>"
         )
     known = facts["parameters"]
     rows = [

@@ -305,7 +305,8 @@ def predict(options: argparse.Namespace) -> None:
         )
     assumptions = list(scalingmodel.ASSUMPTIONS)
     if "network" not in model.measured_links and not assumed.network_bandwidth:
-        assumptions.append("No size of several nodes was measured and no --network is given: 10 Gbit/s is assumed.")
+        network = scalingmodel.assumed_network(report.fit_options(found)["over"])
+        assumptions.append(f"No size of several nodes was measured: between them, {network} is assumed.")
     if options.json:
         print(json.dumps({"predictions": rows, "assumptions": assumptions}, indent=1))
         return

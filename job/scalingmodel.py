@@ -53,8 +53,8 @@ PRIORS = {
     "network latency": (20e-6, 3.0),
     "network bandwidth": (1.25e9, 10.0),  # 10 Gbit/s
 }
-# NCCL between the GPUs of a node: 15 GB/s over PCIe to 250 GB/s over NVLink.
-LOCAL_BANDWIDTH_NCCL = (60e9, 4.0)
+# The same where NCCL carries the messages: 15 GB/s over PCIe to 250 GB/s over NVLink; 25 to 400 Gbit/s between nodes.
+PRIORS_NCCL = PRIORS | {"local bandwidth": (60e9, 4.0), "network bandwidth": (12.5e9, 4.0)}
 # A link whose nominal speed is given: what TCP, RDMA and the copies leave of it.
 LINK_EFFICIENCY, LINK_SPREAD = 0.85, 1.15
 
@@ -326,6 +326,17 @@ class Model:
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
+def priors_of(over: str) -> dict[str, tuple[float, float]]:
+    """What is believed of the links before anything is measured; `over`: MPI, Gloo or NCCL."""
+    return PRIORS_NCCL if over == "NCCL" else PRIORS
+
+
+def assumed_network(over: str) -> str:
+    """The network between nodes that is assumed where none was measured or named, in words."""
+    value, factor = priors_of(over)["network bandwidth"]
+    return f"{8 * value / 1e9:,.3g} Gbit/s within a factor of {factor:.3g} (--network names another)"
+
+
 def fit(
     measured: Sequence[Measured],
     gradients: Sequence[Gradient],
@@ -362,7 +373,7 @@ def fit(
         UPDATE: times(UPDATE, "step"),
         REST: times(REST, "step"),
     }
-    priors = PRIORS | ({"local bandwidth": LOCAL_BANDWIDTH_NCCL} if over == "NCCL" else {})
+    priors = priors_of(over)
     parameters, samples = _fit_links(measured, per_node, tuple(gradients), (parallel, algorithm), links or {}, priors)
     waits = []
     for m in measured:

@@ -347,7 +347,8 @@ while ! ip link show eth0 >/dev/null 2>&1; do sleep 0.05; done
 ip addr add 10.117.0.{self.names.index(name) + 1}/24 dev eth0 && ip link set eth0 up
 /usr/sbin/sshd -f {self.root}/ssh/sshd.conf -E {self.root}/sshd-{name}.log"""
             if self.rate:
-                setup += f"\ntc qdisc add dev eth0 root tbf rate {self.rate} burst 256kb latency 5ms"  # a port, not a queue of seconds
+                # 5 ms: the buffer of a port. One of 100 ms makes every answer of a protocol wait as long.
+                setup += f"\ntc qdisc add dev eth0 root tbf rate {self.rate} burst 256kb latency 5ms"
             self._start_host(name, setup)
         self._start_daemon(name, name, ["slurmd", "-D", "-N", name])
 

@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 
-from tests.cluster import Cluster, missing, namespaces_refused  # noqa: E402
+from tests.cluster import Cluster, ClusterError, missing, namespaces_refused  # noqa: E402
 from tests.launch import horovodrun, metrics, python  # noqa: E402
 from tests.test_slurm import LOST_AFTER, ranks_of  # noqa: E402
 from tests.test_slurm import SMALL as SMALL_SLURM  # noqa: E402
@@ -196,7 +196,10 @@ def strike_slurm(cluster: Cluster, data: Path, folder: Path, name: str, launcher
         if "by hand" in name:  # a rank that fails for a reason of its own is not requeued by the script
             cluster.wait_state(job, "FAILED", 60)
             job = cluster.sbatch(*words, cwd=folder, env=env)
-        cluster.wait_for(lambda: cluster.job(job)["JobState"] == "RUNNING", "its restart", 120)
+        try:
+            cluster.wait_for(lambda: cluster.job(job)["JobState"] == "RUNNING", "its restart", 120)
+        except ClusterError as error:
+            raise ClusterError(f"{error}\n{log.read_text()}") from None
         began = time.monotonic()
         starts = count_starts(out)
         cluster.wait_for(lambda: count_starts(out) > starts and last_step(out) > first_step(out), "steps", 90)
