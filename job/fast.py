@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from job.model import LRN_ALPHA, LRN_BETA, LRN_K, AlexNet
+from job.optim import aligned
 
 _LRN = dict(LRN_K=LRN_K, LRN_ALPHA=LRN_ALPHA, LRN_BETA=LRN_BETA)
 _TILE = 2048  # elements a Triton program holds at once
@@ -459,7 +460,7 @@ class Network:
 
 def _one_gradient(parameters: list[torch.nn.Parameter]) -> Tensor:
     """Give parameters gradients that lie one behind the other: they travel as one message, which nobody copies."""
-    sizes = [-(-p.numel() // 4) * 4 for p in parameters]  # each begins at a multiple of 16 bytes, as kernels want it
+    sizes = [aligned(p.numel()) for p in parameters]
     flat = torch.zeros(sum(sizes), device=parameters[0].device)
     for parameter, part in zip(parameters, flat.split(sizes), strict=True):
         parameter.grad = part[: parameter.numel()].view(parameter.shape)

@@ -82,10 +82,16 @@ def lars_rate(w: torch.Tensor, g: torch.Tensor, trust: float, decay: float) -> t
     return torch.where(w > 0, trust * w / (g + decay * w).clamp(min=1e-30), 1.0)
 
 
+def aligned(count: int) -> int:
+    """Places of a flat float32 memory for `count` numbers, if the next are to begin at a multiple of 16 bytes again."""
+    return -(-count // 4) * 4
+
+
 class FusedSGD(MomentumSGD):
     """`MomentumSGD` and `LARS` as one Triton kernel over all parameters, which writes `copies` of them on the way.
 
-    Parameters, gradients and velocities must be float32, contiguous, on one GPU, and stay where they are.
+    Parameters, gradients and velocities must be float32, contiguous, at multiples of 16 bytes (`aligned`), on one GPU,
+    and stay where they are.
 
     Attributes:
         copies: parameter -> tensor of the same shape in another type, as of `job.fast.Network`.

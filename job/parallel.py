@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from job.config import Config
-from job.optim import MomentumSGD
+from job.optim import MomentumSGD, aligned
 
 
 def average_statistics(model: nn.Module) -> None:
@@ -126,8 +126,7 @@ class Weights(Alone):
         self.every = every
         self._model = model
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        # Each begins at a multiple of 16 bytes, as kernels want it.
-        size = sum(2 * _rounded(p.numel()) for p in params)
+        size = sum(2 * aligned(p.numel()) for p in params)
         self.flat = torch.zeros(size, device=params[0].device, dtype=params[0].dtype)
         offset = 0
         with torch.no_grad():
@@ -135,7 +134,7 @@ class Weights(Alone):
                 for tensor, place in ((param.data, "weight"), (optimizer.velocity(param), "velocity")):
                     view = self.flat[offset : offset + tensor.numel()].view(tensor.shape)
                     view.copy_(tensor)
-                    offset += _rounded(tensor.numel())
+                    offset += aligned(tensor.numel())
                     if place == "weight":
                         param.data = view
                     else:
@@ -154,11 +153,6 @@ class Weights(Alone):
         if hvd.size() > 1:
             hvd.allreduce_(self.flat, name="weights_and_momenta", op=hvd.Average)
             self.optimizer.refresh()
-
-
-def _rounded(count: int) -> int:
-    """`count` numbers, and what fills them up to a multiple of four."""
-    return -(-count // 4) * 4
 
 
 def make_strategy(config: Config, model: nn.Module, optimizer: MomentumSGD, autograd: bool = True) -> Alone:

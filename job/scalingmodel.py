@@ -351,7 +351,7 @@ def fit(
     Args:
         loader: images/s of a node's loader where that was measured by itself (`job.bench loader`).
         links: known values of PRIORS' parameters, say a measured bandwidth; they are not fitted.
-        over: what carries the messages (MPI, Gloo, NCCL): it decides what is believed of the links within a node.
+        over: what carries the messages (MPI, Gloo, NCCL): it decides what is believed of links, and what slows compute.
 
     Raises:
         ValueError: nothing to fit.
