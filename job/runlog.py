@@ -20,7 +20,29 @@ from shards.split import write_whole
 # Seconds between two warnings that metrics cannot be written.
 WARN_SECONDS = 30.0
 
-_locks: dict[str, TextIO] = {}  # run directories that this process holds
+_locks: dict[str, TextIO] = {}  # folders that this process holds
+
+
+def lock(folder: str, instead: str) -> None:
+    """Refuse a folder in which another job is at work. The lock goes with its process, also over NFS.
+
+    Raises InputError that names the other and `instead`, the option that names another folder; OSError.
+    """
+    path = os.path.abspath(os.path.join(folder, ".lock"))
+    if path in _locks:  # in elastic training a process comes back to its run
+        return
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        raise InputError(f"{folder} is in use by {owner}; wait for it, or choose another {instead}") from None
+    job = os.environ.get("SLURM_JOB_ID")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}\n")
+    file.flush()
+    _locks[path] = file  # closing it would end the lock
 
 
 class RunLog:
@@ -40,27 +62,9 @@ class RunLog:
             return
         try:
             os.makedirs(os.path.join(out, "checkpoints"), exist_ok=True)
-            self._lock()
+            lock(out, "--out")
         except OSError as error:
             raise InputError(f"cannot write the run directory {out}: {error.strerror}; choose another --out") from None
-
-    def _lock(self) -> None:
-        """Refuse a run directory in which another job is at work. The lock goes with its process, also over NFS."""
-        path = os.path.abspath(os.path.join(self.out, ".lock"))
-        if path in _locks:  # in elastic training a process comes back to its run
-            return
-        file = open(path, "a+", encoding="utf-8")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise InputError(f"{self.out} is in use by {owner}; wait for it, or choose another --out") from None
-        job = os.environ.get("SLURM_JOB_ID")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}\n")
-        file.flush()
-        _locks[path] = file  # closing it would end the lock
 
     def path(self, name: str) -> str:
         return os.path.join(self.out, name)

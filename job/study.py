@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from job.runlog import lock
 from job.scalingmodel import EXPOSED, SECTIONS, STRAGGLERS, Gradient, Measured
 from shards.cli import InputError, Parser
 from shards.split import write_whole
@@ -283,6 +284,7 @@ def _begin(path: str, plan: Plan) -> None:
     try:
         os.makedirs(os.path.join(path, "points"), exist_ok=True)
         os.makedirs(os.path.join(path, "runs"), exist_ok=True)
+        lock(path, "--study")
     except OSError as error:
         raise InputError(f"cannot write the study {path}: {error.strerror}; choose another --study") from None
     _write_json(os.path.join(path, "study.json"), {"plan": fields, "limits": (known or {}).get("limits", {})})

@@ -336,17 +336,14 @@ def test_a_study_that_is_told_to_end_leaves_no_run_behind_and_carries_on(tmp_pat
         end = time.monotonic() + 60
         while not any("images/s" in log.read_text() for log in tmp_path.glob("study/runs/*/log.txt")):
             assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.1)
+            time.sleep(0.1)  # a file tells nobody that it has grown
+        second = run(*whole, "--steps", "1000000")  # over the first, by mistake
+        assert second.returncode == 2 and f"in use by process {process.pid}" in error_lines(second)[0], second.stderr
+        below = psutil.Process(process.pid).children(recursive=True)
+        assert any("job.train" in child.cmdline() for child in below)
         process.terminate()
         assert process.wait(20) == 128 + signal.SIGTERM
-
-    def left() -> list[psutil.Process]:
-        return [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or ())]
-
-    end = time.monotonic() + 10  # mpirun is killed, and its ranks with it
-    while left() and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not left()
+    assert not psutil.wait_procs(below, 10)[1]
     points = tmp_path / "study" / "points"
     assert not list(points.iterdir())
 
