@@ -27,14 +27,15 @@ LONG = ["--epochs", "1000"]  # longer than any test
 class Job:
     """A running `horovodrun -np 2 python -m job.train`, in a process group of its own like a terminal's foreground."""
 
-    def __init__(self, data, out, *options, gloo=False):
+    def __init__(self, data, out, *options, gloo=False, **environment):
         launcher = os.path.join(os.path.dirname(sys.executable), "horovodrun")
         command = [launcher, "-np", "2", *(["--gloo"] if gloo else []), sys.executable, "-m", "job.train"]
         command += [*SMALL, "--data", str(data), "--out", str(out), *options]
         self.out = out
         self.process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            env=os.environ | environment,
+        )  # fmt: skip
         self.text = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -144,7 +145,7 @@ whole = evaluate.validate
 def validate(*arguments):
     os.kill(os.getpid(), signal.SIGUSR1)
     while not arguments[-1]():
-        time.sleep(0.01)
+        time.sleep(0.01)  # the thread that takes signals in tells nobody
     return whole(*arguments)
 evaluate.validate = validate
 run(train.main)
@@ -234,6 +235,18 @@ def test_a_rank_that_hangs_ends_the_job_and_is_named(demo_data, tmp_path):
                 continue
             assert code == 1 and "no sign of life" in line, job.text
             assert metrics(tmp_path / name, "event")[-1]["event"] == "hang"
+
+
+def test_a_rank_that_hangs_is_named_and_noted_too_when_gloo_gives_up_before_the_heartbeat(demo_data, tmp_path):
+    """Slurm's script starts a job again that has noted a hang."""
+    soon = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "5", "HOROVOD_STOP_SECONDS": "5"}  # 30, 40
+    with Job(demo_data, tmp_path / "run", *LONG, gloo=True, **soon) as job:
+        job.until(lambda: job.steps() > 1, "training")
+        job.ranks()[1].suspend()
+        assert job.ended(60) == 1, job.text
+    (line,) = [line for line in job.text.splitlines() if line.startswith("error: ")]
+    assert f"rank 1 on {os.uname().nodename} has given no sign of life" in line, job.text
+    assert metrics(tmp_path / "run", "event")[-1]["event"] == "hang"
 
 
 @pytest.mark.parametrize("gloo", [False, True], ids=["mpi", "gloo"])
