@@ -11,13 +11,13 @@ import glob
 import itertools
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NoReturn
 
 from shards import workers
 from shards.cli import InputError, Parser, few, printable, run, short
+from shards.names import chosen_tars, missing_numbers, not_read
 from shards.progress import Progress
 from shards.split import (
     Member,
@@ -47,16 +47,6 @@ MAX_CLASSES = 1 << 20  # a label beyond is damage or no label: class_counts woul
 _REMOTE_WINDOW = 4 << 20  # bytes a request: over a network, many small requests cost more than the data between headers
 _LOOKED_AT = 20  # samples, for whether there are labels in .cls
 _SHOWN_SAMPLES, _SHOWN_SHARDS = 5, 20  # problems of a split that are reported in full
-
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-}
 
 _EPILOG = """\
 which split a tar belongs to:
@@ -243,112 +233,6 @@ def _whole_shard(damage: list[TarError], good: list, bad: list[Problem]) -> str:
     return "; ".join(words)
 
 
-def natural(path: str) -> list:
-    """Sort key that takes numbers as numbers: shard-9 before shard-10."""
-    return [(0, int(word), "") if word.isdigit() else (1, 0, word) for word in re.split(r"([0-9]+)", path)]
-
-
-def find_tars(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Tars by split, both in order, from paths relative to the data folder. Raises InputError when one is unclear."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for path in sorted(paths, key=natural):
-        folder, _, base = path.rpartition("/")
-        stem = base.removesuffix(".tar")
-        prefix = re.sub(r"([-_.]of)?[-_.]?[0-9]*$", "", re.sub(r"[-_.]of[-_.][0-9]+$", "", stem))
-        groups.setdefault((folder, prefix), []).append(path)
-    found: dict[str, list[str]] = {}
-    origin: dict[str, str] = {}
-    for (folder, prefix), tars in groups.items():
-        name = _split_word(prefix) or _split_word(folder.rpartition("/")[2]) or folder.rpartition("/")[2] or prefix
-        if not name:
-            raise InputError(f"{tars[0]}: its name does not tell the split; say it with --splits 'train=*.tar'")
-        if name in found:
-            raise InputError(
-                f"both {origin[name]} and {tars[0]} could be split {name!r}; say which tars are with "
-                f"--splits '{name}=PATTERN'"
-            )
-        found[name], origin[name] = tars, tars[0]
-    return found
-
-
-def _split_word(text: str) -> str:
-    words = [_SPLIT_WORDS[w] for w in re.split(r"[-_. 0-9]+", text.lower()) if w in _SPLIT_WORDS]
-    return words[-1] if words else ""
-
-
-def list_tars(folder: str) -> list[str]:
-    """Relative paths of all that is called .tar in a local folder and one level below, but for folders of tars."""
-    found = glob.glob("*.tar", root_dir=folder) + glob.glob("*/*.tar", root_dir=folder)
-    return sorted(set(found) - {os.path.dirname(path) for path in found})
-
-
-def _not_read(dest: str) -> list[str]:
-    """Files that seem to be shards, compressed or half downloaded: train-000003.tar.gz, .tgz, .tar.part."""
-    if is_remote(dest):
-        return []
-    patterns = [folder + name for folder in ("", "*/") for name in ("*.tar.*", "*.tgz", "*.tzst", "*.txz")]
-    found = sorted(path for pattern in patterns for path in glob.glob(pattern, root_dir=dest))
-    return [path for path in found if not path.endswith((".idx", ".json", ".tar"))]
-
-
-_SERIES = re.compile(r"(.*?)([0-9]+)(?:([-_.]of[-_.])([0-9]+))?\.tar")
-
-
-def missing_numbers(paths: Iterable[str]) -> list[str]:
-    """A note for each series of numbered tars that has gaps: train-000003.tar between 2 and 4, or 7 of 8 `-of-0008`."""
-    series: dict[tuple, dict[int, str]] = collections.defaultdict(dict)
-    for path in paths:
-        match = _SERIES.fullmatch(path)
-        if match and len(match[2]) < 10 and len(match[4] or "") < 10:
-            series[match[1], match[3], match[4]][int(match[2])] = match[2]
-    notes = []
-    for (prefix, of, total), numbers in series.items():
-        low, high, width = min(numbers), max(numbers), len(next(iter(numbers.values())))
-        if total and low <= 1 and high <= int(total):
-            low, high = (1, int(total)) if int(total) in numbers else (0, int(total) - 1)
-        missing = itertools.islice((n for n in range(low, high + 1) if n not in numbers), 1000)
-        names = [f"{prefix}{n:0{width}d}{of or ''}{total or ''}.tar" for n in missing]
-        if names:
-            notes.append(f"shards are missing in the series: {few(names, 4, ', ')}")
-    return notes
-
-
-def expand(pattern: str) -> list[str]:
-    """`{0000..0127}` in a pattern as all its numbers, as wide as they are written."""
-    match = re.search(r"\{([0-9]+)\.\.([0-9]+)\}", pattern)
-    if not match:
-        return [pattern]
-    first, last = int(match[1]), int(match[2])
-    if last < first or last - first >= 1 << 20:
-        raise InputError(f"{pattern!r}: {match[0]} is not a range of shard numbers")
-    width = len(match[1])
-    rest = expand(pattern[match.end() :])
-    return [f"{pattern[: match.start()]}{n:0{width}d}{tail}" for n in range(first, last + 1) for tail in rest]
-
-
-def _chosen_tars(dest: str, choices: list[str]) -> dict[str, list[str]]:
-    """Tars by split: relative to `dest`, or URLs."""
-    if not choices:
-        if is_remote(dest):
-            from shards import remote
-
-            base = dest.rstrip("/") + "/"
-            return find_tars(url.removeprefix(base) for url in remote.list_tars(dest))
-        return find_tars(list_tars(dest))
-    found: dict[str, list[str]] = {}
-    for choice in choices:
-        name, equals, pattern = choice.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise InputError(f"--splits {choice}: expected NAME=PATTERN, for example 'train=*-train-*.tar'")
-        tars = expand(pattern)
-        if tars == [pattern] and not is_remote(dest) and not is_remote(pattern):
-            tars = sorted(glob.glob(pattern, root_dir=dest, recursive=True), key=natural)
-        if not tars:
-            raise InputError(f"--splits {choice}: no such tars in {dest}")
-        found.setdefault(name, []).extend(tars)
-    return found
-
-
 def _old_split(dest: str, name: str) -> tuple[Split | None, dict]:
     """What an earlier <split>.json says, for what the tars do not tell; (None, {}) where there is none to be read."""
     try:
@@ -477,19 +361,8 @@ def _index_split(
         old = dataclasses.replace(old, classes=())
     known = {shard.url: shard for shard in old.shards} if old else {}
     names = classes or (old.classes if old else ())
-    located = Split(name, args.dest, ())
-    tasks = []
-    for number, tar in enumerate(tars):
-        path = located.path(tar)
-        elsewhere = args.out != args.dest or is_remote(path)
-        url = (path if is_remote(path) else os.path.abspath(path)) if elsewhere else tar
-        idx = os.path.join(args.out, f"{name}-{number:06d}.idx") if elsewhere else idx_path(path)
-        before = known.get(tar) or known.get(url)
-        same = before is not None and not is_remote(path) and _filesize(path) == before.filesize > 0
-        bad, damaged = (before.bad, before.repaired) if same else ((), False)
-        tasks.append(_Task(path, url, idx, LabelRule("cls"), bad, damaged, args.skip_bad))
-    rule = _label_rule(args, [task.path for task in tasks], old, names)
-    tasks = [dataclasses.replace(task, rule=rule) for task in tasks]
+    rule = _label_rule(args, [Split(name, args.dest, ()).path(tar) for tar in tars], old, names)
+    tasks = [_task(args, name, number, tar, known, rule) for number, tar in enumerate(tars)]
 
     found: list[Found] = [None] * len(tasks)
     progress = Progress(len(tasks), "shards", f"indexing {name}")
@@ -534,6 +407,20 @@ def _index_split(
         if (old.label_member, old.label_key) == (rule.member, rule.key):
             _check_labels(split, labels, _column_of(load_labels, old))
     return split, labels, crc32, extra_fields(old_fields), problems
+
+
+def _task(
+    args: argparse.Namespace, name: str, number: int, tar: str, known: dict[str, Shard], rule: LabelRule
+) -> _Task:
+    """How to index the tar of this number. `known`: shards of an earlier index by their URLs."""
+    path = Split(name, args.dest, ()).path(tar)
+    elsewhere = args.out != args.dest or is_remote(path)
+    url = (path if is_remote(path) else os.path.abspath(path)) if elsewhere else tar
+    idx = os.path.join(args.out, f"{name}-{number:06d}.idx") if elsewhere else idx_path(path)
+    before = known.get(tar) or known.get(url)
+    same = before is not None and not is_remote(path) and _filesize(path) == before.filesize > 0
+    bad, damaged = (before.bad, before.repaired) if same else ((), False)
+    return _Task(path, url, idx, rule, bad, damaged, args.skip_bad)
 
 
 def _refuse(dest: str, foreign: list[Problem], problems: list[Problem]) -> NoReturn:
@@ -649,9 +536,9 @@ def main(argv: list[str] | None = None) -> int:
     _check_out(args)
     classes = _read_classes(args.classes) if args.classes else ()
     started = time.monotonic()
-    found = _chosen_tars(args.dest, args.splits)
+    found = chosen_tars(args.dest, args.splits)
     if not found:
-        others = _not_read(args.dest)
+        others = not_read(args.dest)
         hint = f"; unpack {short(others[0])} to .tar first: compressed tars cannot be read at random" if others else ""
         raise InputError(f"no .tar in {args.dest} or one folder below{hint}")
     try:
@@ -665,7 +552,7 @@ def main(argv: list[str] | None = None) -> int:
             _report(split, labels, problems)
     except OSError as error:
         raise InputError(f"cannot write to {args.out}: {error.strerror or error}") from None
-    others = _not_read(args.dest) if not args.splits else []
+    others = not_read(args.dest) if not args.splits else []
     if others:
         print(f"note: not read, for the name does not end in .tar: {few(others, 4, ', ')}")
     print(f"indexed in {time.monotonic() - started:.1f} s")

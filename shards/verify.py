@@ -22,13 +22,11 @@ from shards.index import (
     Problem,
     check_members,
     extra_fields,
-    list_tars,
-    missing_numbers,
-    natural,
     read_label,
     sample_key,
     save_index,
 )
+from shards.names import list_tars, missing_numbers, natural
 from shards.progress import Progress
 from shards.split import (
     Member,

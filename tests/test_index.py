@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import tars
-from shards import index, progress, verify
+from shards import index, names, progress, verify
 from shards.cli import InputError
 from shards.split import image_member, load_labels, load_split, read_idx
 from shards.tar import samples
@@ -97,7 +97,7 @@ def test_labels_from_json_and_by_class_name(tmp_path):
     ],
 )
 def test_split_by_name(paths, expected):
-    found = index.find_tars(paths)
+    found = names.find_tars(paths)
     assert {name: len(tar) for name, tar in found.items()} == expected
     if "train-9.tar" in paths:
         assert found["train"] == ["train-1.tar", "train-9.tar", "train-10.tar"]
@@ -120,10 +120,10 @@ def test_an_unclear_split_must_be_said(tmp_path):
 
 
 def test_ranges_of_shards():
-    assert index.expand("a-{008..011}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar", "a-011.tar"]
-    assert index.expand("{0..1}/{0..1}") == ["0/0", "0/1", "1/0", "1/1"]
+    assert names.expand("a-{008..011}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar", "a-011.tar"]
+    assert names.expand("{0..1}/{0..1}") == ["0/0", "0/1", "1/0", "1/1"]
     with pytest.raises(InputError):
-        index.expand("a-{5..1}.tar")
+        names.expand("a-{5..1}.tar")
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_a_file_that_is_no_tar_is_never_left_out(tmp_path, options):
     ],
 )
 def test_a_number_that_is_missing_in_a_series_is_noted(paths, missing):
-    notes = index.missing_numbers(paths)
+    notes = names.missing_numbers(paths)
     assert notes == ([f"shards are missing in the series: {missing}"] if missing else [])
 
 
