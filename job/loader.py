@@ -26,7 +26,8 @@ from job.cores import default_workers, worker_cores
 from job.worker import BAD, DONE, FAILED, WRONG_INPUT, Decoder, Job, Slots, pack_message, unpack_message
 from shards.cli import InputError
 from shards.images import slow_decoder
-from shards.split import Split, is_remote, load_labels
+from shards.split import Split, check_regular, is_remote, load_labels
+from shards.tar import BLOCK, refuse_foreign
 
 # Batches read ahead of the one that is asked for, and batches that the caller may still be using: the one in hand, and
 # the one before it, whose copy to the GPU may be under way.
@@ -439,7 +440,8 @@ class Loader:
             raise InputError(too_many_bad(len(self.bad_samples), self.split, self.max_bad_fraction), everywhere=False)
 
     def _in_work(self) -> str:
-        return "; ".join(f"a reader is at {self._first_of(w.tasks)}" for w in self._workers if w.tasks)
+        busy = [f"a reader is at {self._first_of(w.tasks)}" for w in self._workers if w.tasks]
+        return "; ".join(busy[:3]) + (f"; and {len(busy) - 3} other readers" if len(busy) > 3 else "")
 
     def _first_of(self, tasks: collections.deque[tuple[int, int, int]]) -> str:
         if not tasks:
@@ -471,19 +473,25 @@ def _check_present(split: Split, rank: int, world_size: int) -> None:
     """Raise InputError when a shard is missing or has another size. Each rank looks at its part of them."""
     for shard in split.shards[rank::world_size]:
         path = split.path(shard.url)
-        if is_remote(path):
+        if is_remote(path) or not shard.nsamples:
             continue
         try:
-            size = os.stat(path).st_size
+            check_regular(path)
+            size = os.path.getsize(path)
+            # An index of others may not have the size: a sample takes a header at least.
+            expected = shard.filesize or BLOCK * shard.nsamples
+            if size < expected:
+                refuse_foreign(path)
         except OSError as error:
             raise InputError(
                 f"cannot open the shard {path}: {error.strerror}; restore it, or make the index anew with "
                 f"python -m shards.index {split.root}",
                 everywhere=False,
             ) from None
-        if shard.filesize and size < shard.filesize:
+        if size < expected:
+            of = f"{'' if shard.filesize else 'at least '}{expected}"
             raise InputError(
-                f"{path} ends early: it has {size} bytes of {shard.filesize}; copy or pack that shard again",
+                f"{path} ends early: it has {size} bytes of {of}; copy or pack that shard again",
                 everywhere=False,
             )
 

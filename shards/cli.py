@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
@@ -19,6 +19,8 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 # Where a launcher tells a process its rank, before MPI or Horovod is initialised.
 _RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
+
+_LONGEST_MESSAGE = 1000  # characters of an error; what exceeds it is taken out of its middle
 
 _RANK0_SPEAKS_SECONDS = 15.0  # that a silent rank waits for rank 0 to find the same error and end the job
 
@@ -31,7 +33,7 @@ class InputError(Exception):
     """
 
     def __init__(self, message: str, everywhere: bool = True):
-        super().__init__(printable(" ".join(message.split())))
+        super().__init__(short(printable(" ".join(message.split())), _LONGEST_MESSAGE))
         self.everywhere = everywhere
 
 
@@ -39,6 +41,19 @@ def printable(text: str) -> str:
     """Text with what is not printable written as an escape: names in an archive may hold a terminal's control codes,
     or bytes that are no text."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def short(text: str, most: int = 60) -> str:
+    """`text` in at most `most` characters: names and values in the data can have any length."""
+    end = most // 3
+    return text if len(text) <= most else f"{text[: most - end - 3]}...{text[len(text) - end :]}"
+
+
+def few(words: Iterable[str], most: int = 6, separator: str = " ") -> str:
+    """The first words of a list, each shortened, and the number of the others."""
+    words = list(words)
+    more = f"{separator}and {len(words) - most:,} more" if len(words) > most else ""
+    return separator.join(short(word, 40) for word in words[:most]) + more
 
 
 def positive_number(variable: str, default: float) -> float:

@@ -5,19 +5,20 @@ and labels are read. `python -m shards.index --help` tells how splits, images an
 """
 
 import argparse
+import collections
 import dataclasses
 import glob
 import itertools
 import json
 import os
-import re
-import sys
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from shards import workers
-from shards.cli import InputError, Parser, printable, run
+from shards.cli import InputError, Parser, few, printable, run, short
+from shards.names import chosen_tars, missing_numbers, not_read
+from shards.progress import Progress
 from shards.split import (
     Member,
     Shard,
@@ -36,7 +37,7 @@ from shards.split import (
     save_split,
     write_whole,
 )
-from shards.tar import TarError, open_tar, samples, split_name, window_read
+from shards.tar import NotTar, TarError, open_tar, samples, split_name, window_read
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,17 +46,7 @@ MAX_LABEL_BYTES = 1 << 20  # of a label member; a larger one is no label
 MAX_CLASSES = 1 << 20  # a label beyond is damage or no label: class_counts would fill the memory
 _REMOTE_WINDOW = 4 << 20  # bytes a request: over a network, many small requests cost more than the data between headers
 _LOOKED_AT = 20  # samples, for whether there are labels in .cls
-_SHOWN = 5  # problems of one shard that are told in full
-
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-}
+_SHOWN_SAMPLES, _SHOWN_SHARDS = 5, 20  # problems of a split that are reported in full
 
 _EPILOG = """\
 which split a tar belongs to:
@@ -95,8 +86,8 @@ class Problem:
     key: str = ""
 
     def __str__(self) -> str:
-        place = self.shard + (f": sample {self.sample} (key {self.key!r})" if self.sample >= 0 else "")
-        return printable(f"{place}: {self.message}" if place else self.message)
+        place = self.shard + (f": sample {self.sample} (key {short(self.key)!r})" if self.sample >= 0 else "")
+        return printable(f"{short(place, 150)}: {self.message}" if place else self.message)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +112,7 @@ class Found:
     repaired: bool
     encodings: set[str]
     raw_sizes: set[int]  # bytes of the raw images
+    not_tar: bool = False  # a file of another kind
 
 
 def read_label(data: bytes, rule: LabelRule) -> int:
@@ -132,7 +124,7 @@ def read_label(data: bytes, rule: LabelRule) -> int:
         except (ValueError, RecursionError) as error:
             raise BadSample(f".{rule.member} is not JSON: {error}") from None
         if not isinstance(fields, dict) or rule.key not in fields:
-            has = ", ".join(list(fields)[:8]) if isinstance(fields, dict) else type(fields).__name__
+            has = few(fields, separator=", ") if isinstance(fields, dict) else type(fields).__name__
             raise BadSample(f".{rule.member} has no field {rule.key!r} (it has {has})")
         value = fields[rule.key]
     text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else None
@@ -149,20 +141,36 @@ def read_label(data: bytes, rule: LabelRule) -> int:
 
 def check_members(sample: tuple[Member, ...], rule: LabelRule, encoding: str) -> tuple[Member, Member]:
     """Image and label member of a sample. Raises BadSample where one is missing or not the only one of its name."""
-    extensions = [member.ext.lower() for member in sample]
-    for ext in extensions:
-        if extensions.count(ext) > 1:
-            raise BadSample(f"it has two members .{ext}")
+    extensions = collections.Counter(member.ext.lower() for member in sample)
+    if len(extensions) < len(sample):
+        twice = next(ext for ext, times in extensions.items() if times > 1)
+        raise BadSample(f"it has two members .{short(twice)}{_dots_hint(sample)}")
     image = image_member(sample, encoding)
     label = next((member for member in sample if member.ext.lower() == rule.member), None)
-    has = "it has " + " ".join("." + ext for ext in extensions)
+    has = "" if image and label else f"it has {few(('.' + ext for ext in extensions), 4)}{_dots_hint(sample)}"
     if image is None:
         raise BadSample(f"it has no image member .jpg .jpeg .png .webp or .raw ({has})")
     if label is None:
         raise BadSample(f"it has no label member .{rule.member} ({has})")
+    if not image.size:
+        raise BadSample(f"its image .{short(image.ext)} is empty (0 bytes)")
     if label.size > MAX_LABEL_BYTES:
         raise BadSample(f".{rule.member} has {label.size} bytes, which is no label")
     return image, label
+
+
+def _dots_hint(members: Iterable[Member]) -> str:
+    """How to rename members if the stems of their file names seem to have dots, as in `img.001.jpg`; else empty."""
+    example = ""
+    for member in members:
+        if "." not in member.ext:
+            return ""
+        example = example or member.name.rpartition("/")[2]
+    if not example:
+        return ""
+    stem, dot, ending = example.rpartition(".")
+    renamed = short(stem.replace(".", "_") + dot + ending)
+    return f"; in WebDataset a key ends at the first dot of a name: call {short(example)} {renamed}"
 
 
 def sample_key(sample: tuple[Member, ...]) -> str:
@@ -205,88 +213,24 @@ def _index_shard(task: _Task) -> Found:
                     found.raw_sizes.add(image.size)
     except OSError as error:
         raise InputError(f"cannot read {task.path}: {error.strerror or error}", everywhere=False) from None
-    if not task.known_damage:
-        # First, for it is the cause of samples that lack a member.
-        found.problems[:0] = [Problem("tar", f"not a whole tar: {error}", task.url) for error in damage]
-    found.labels, found.bad, found.repaired = np.array(labels, np.int32), tuple(bad), bool(bad or damage)
-    if task.skip_bad or not found.problems:
+    found.not_tar = any(isinstance(error, NotTar) for error in damage)
+    if not task.known_damage and (wrong := _whole_shard(damage, good, found.problems)):
+        found.problems.insert(0, Problem("tar", wrong, task.url))  # first: it is why samples lack a member
+    found.labels, found.bad, found.repaired = np.array(labels, np.int32), tuple(bad), bool(bad or damage or not good)
+    if not found.problems or (task.skip_bad and not found.not_tar):
         write_whole(task.idx, format_idx(good))
     return found
 
 
-def natural(path: str) -> list:
-    """Sort key that takes numbers as numbers: shard-9 before shard-10."""
-    return [(0, int(word), "") if word.isdigit() else (1, 0, word) for word in re.split(r"([0-9]+)", path)]
-
-
-def find_tars(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Tars by split, both in order, from paths relative to the data folder. Raises InputError when one is unclear."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for path in sorted(paths, key=natural):
-        folder, _, base = path.rpartition("/")
-        stem = base.removesuffix(".tar")
-        prefix = re.sub(r"([-_.]of)?[-_.]?[0-9]*$", "", re.sub(r"[-_.]of[-_.][0-9]+$", "", stem))
-        groups.setdefault((folder, prefix), []).append(path)
-    found: dict[str, list[str]] = {}
-    origin: dict[str, str] = {}
-    for (folder, prefix), tars in groups.items():
-        name = _split_word(prefix) or _split_word(folder.rpartition("/")[2]) or folder.rpartition("/")[2] or prefix
-        if not name:
-            raise InputError(f"{tars[0]}: its name does not tell the split; say it with --splits 'train=*.tar'")
-        if name in found:
-            raise InputError(
-                f"both {origin[name]} and {tars[0]} could be split {name!r}; say which tars are with "
-                f"--splits '{name}=PATTERN'"
-            )
-        found[name], origin[name] = tars, tars[0]
-    return found
-
-
-def _split_word(text: str) -> str:
-    words = [_SPLIT_WORDS[w] for w in re.split(r"[-_. 0-9]+", text.lower()) if w in _SPLIT_WORDS]
-    return words[-1] if words else ""
-
-
-def list_tars(folder: str) -> list[str]:
-    """Relative paths of the tars in a local folder and one level below."""
-    found = glob.glob("*.tar", root_dir=folder) + glob.glob("*/*.tar", root_dir=folder)
-    return [path for path in found if os.path.isfile(os.path.join(folder, path))]
-
-
-def expand(pattern: str) -> list[str]:
-    """`{0000..0127}` in a pattern as all its numbers, as wide as they are written."""
-    match = re.search(r"\{([0-9]+)\.\.([0-9]+)\}", pattern)
-    if not match:
-        return [pattern]
-    first, last = int(match[1]), int(match[2])
-    if last < first or last - first >= 1 << 20:
-        raise InputError(f"{pattern!r}: {match[0]} is not a range of shard numbers")
-    width = len(match[1])
-    rest = expand(pattern[match.end() :])
-    return [f"{pattern[: match.start()]}{n:0{width}d}{tail}" for n in range(first, last + 1) for tail in rest]
-
-
-def _chosen_tars(dest: str, choices: list[str]) -> dict[str, list[str]]:
-    """Tars by split: relative to `dest`, or URLs."""
-    if not choices:
-        if is_remote(dest):
-            from shards import remote
-
-            base = dest.rstrip("/") + "/"
-            return find_tars(url.removeprefix(base) for url in remote.list_tars(dest))
-        return find_tars(list_tars(dest))
-    found: dict[str, list[str]] = {}
-    for choice in choices:
-        name, equals, pattern = choice.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise InputError(f"--splits {choice}: expected NAME=PATTERN, for example 'train=*-train-*.tar'")
-        tars = expand(pattern)
-        if tars == [pattern] and not is_remote(dest) and not is_remote(pattern):
-            tars = sorted(glob.glob(pattern, root_dir=dest, recursive=True), key=natural)
-        if not tars:
-            raise InputError(f"--splits {choice}: no such tars in {dest}")
-        found.setdefault(name, []).extend(tars)
-    return found
+def _whole_shard(damage: list[TarError], good: list, bad: list[Problem]) -> str:
+    """What is wrong with a shard, in one line. `good`: its samples, `bad`: the problems of those left out."""
+    words = [damage[0].verdict] if damage else []
+    if len(damage) > 1:
+        words.append(f"{len(damage) - 1} further places are damaged")
+    if not good and len(bad) != 1 and not (damage and damage[0].offset == 0):
+        none = f"none of its {len(bad):,} samples can be used (the first: {bad[0].message})" if bad else ""
+        words.append(none or "it holds no samples")
+    return "; ".join(words)
 
 
 def _old_split(dest: str, name: str) -> tuple[Split | None, dict]:
@@ -319,7 +263,7 @@ def save_index(split: Split, out: str, labels: "np.ndarray", crc32: "np.ndarray 
     return split
 
 
-def _label_rule(args: argparse.Namespace, first: str, old: Split | None, names: tuple[str, ...]) -> LabelRule:
+def _label_rule(args: argparse.Namespace, paths: list[str], old: Split | None, names: tuple[str, ...]) -> LabelRule:
     """Where labels stand: as told, else as the old index has it, else as the first sample shows."""
     member, key = args.label_member, args.label_key
     if not member and not key and old:
@@ -329,22 +273,21 @@ def _label_rule(args: argparse.Namespace, first: str, old: Split | None, names: 
     limit = len(names) if names else MAX_CLASSES
     rule = LabelRule(member.lower().lstrip("."), key, names, limit)
     if not args.label_member and not args.label_key and not old:
-        extensions = _first_extensions(first)
-        if extensions and "cls" not in extensions:
-            json_hint = "; if .json holds it, give --label-key FIELD" if "json" in extensions else ""
-            raise InputError(
-                f"{first}: its samples have members {' '.join('.' + e for e in extensions)} and none is .cls"
-                f"{json_hint}; --label-member EXT names another member"
-            )
+        first, members = next(((path, found) for path in paths if (found := _first_members(path))), ("", {}))
+        if members and "cls" not in members:
+            hint = "; if .json holds it, give --label-key FIELD" if "json" in members else ""
+            hint = _dots_hint(members.values()) or f"{hint}; --label-member EXT names another member"
+            extensions = few(sorted("." + ext for ext in members), 4)
+            raise InputError(f"{first}: its samples have members {extensions} and none is .cls{hint}")
     return rule
 
 
-def _first_extensions(path: str) -> list[str]:
-    """Extensions of the members of a tar's first samples."""
+def _first_members(path: str) -> dict[str, Member]:
+    """A member of each extension in a tar's first samples."""
     try:
         with open_tar(path) as (read, size):
             first = itertools.islice(samples(window_read(read), size, damage=[]), _LOOKED_AT)
-            return sorted({member.ext.lower() for sample in first for member in sample})
+            return {member.ext.lower(): member for sample in first for member in sample}
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
 
@@ -358,7 +301,8 @@ def _read_classes(path: str) -> tuple[str, ...]:
     if not names or not all(names):
         raise InputError(f"--classes {path}: expected the name of a class in each line, the first for label 0")
     if len(set(names)) != len(names):
-        raise InputError(f"--classes {path}: {max(names, key=names.count)!r} stands there twice")
+        (name, _), *_ = collections.Counter(names).most_common(1)
+        raise InputError(f"--classes {path}: {short(name)!r} stands there twice")
     return names
 
 
@@ -417,31 +361,20 @@ def _index_split(
         old = dataclasses.replace(old, classes=())
     known = {shard.url: shard for shard in old.shards} if old else {}
     names = classes or (old.classes if old else ())
-    located = Split(name, args.dest, ())
-    tasks = []
-    for number, tar in enumerate(tars):
-        path = located.path(tar)
-        elsewhere = args.out != args.dest or is_remote(path)
-        url = (path if is_remote(path) else os.path.abspath(path)) if elsewhere else tar
-        idx = os.path.join(args.out, f"{name}-{number:06d}.idx") if elsewhere else idx_path(path)
-        before = known.get(tar) or known.get(url)
-        same = before is not None and not is_remote(path) and _filesize(path) == before.filesize > 0
-        bad, damaged = (before.bad, before.repaired) if same else ((), False)
-        tasks.append(_Task(path, url, idx, LabelRule("cls"), bad, damaged, args.skip_bad))
-    rule = _label_rule(args, tasks[0].path, old, names)
-    tasks = [dataclasses.replace(task, rule=rule) for task in tasks]
+    rule = _label_rule(args, [Split(name, args.dest, ()).path(tar) for tar in tars], old, names)
+    tasks = [_task(args, name, number, tar, known, rule) for number, tar in enumerate(tars)]
 
     found: list[Found] = [None] * len(tasks)
-    progress = Progress(name, len(tasks))
+    progress = Progress(len(tasks), "shards", f"indexing {name}")
     for number, result in workers.run_tasks(_index_shard, tasks, args.workers):
         found[number] = result
-        progress.add(len(result.labels))
-    progress.end()
+        progress.add(1)
+    progress.close()
 
-    problems = [problem for result in found for problem in result.problems]
-    if problems and not args.skip_bad:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise InputError(f"{args.dest}: {problems[0]}{more}; --skip-bad leaves such samples out of the index")
+    problems = sorted((p for result in found for p in result.problems), key=lambda p: p.sample >= 0)  # shards first
+    foreign = [result.problems[0] for result in found if result.not_tar and result.problems]
+    if foreign or (problems and not args.skip_bad):
+        _refuse(args.dest, foreign, problems)
     if not sum(len(result.labels) for result in found):
         raise InputError(f"split {name!r} in {args.dest} has no sample with an image and a label")
 
@@ -474,6 +407,41 @@ def _index_split(
         if (old.label_member, old.label_key) == (rule.member, rule.key):
             _check_labels(split, labels, _column_of(load_labels, old))
     return split, labels, crc32, extra_fields(old_fields), problems
+
+
+def _task(
+    args: argparse.Namespace, name: str, number: int, tar: str, known: dict[str, Shard], rule: LabelRule
+) -> _Task:
+    """How to index the tar of this number. `known`: shards of an earlier index by their URLs."""
+    path = Split(name, args.dest, ()).path(tar)
+    elsewhere = args.out != args.dest or is_remote(path)
+    url = (path if is_remote(path) else os.path.abspath(path)) if elsewhere else tar
+    idx = os.path.join(args.out, f"{name}-{number:06d}.idx") if elsewhere else idx_path(path)
+    before = known.get(tar) or known.get(url)
+    same = before is not None and not is_remote(path) and _filesize(path) == before.filesize > 0
+    bad, damaged = (before.bad, before.repaired) if same else ((), False)
+    return _Task(path, url, idx, rule, bad, damaged, args.skip_bad)
+
+
+def _refuse(dest: str, foreign: list[Problem], problems: list[Problem]) -> NoReturn:
+    """One line for each shard that is not whole, and the error. `foreign`: of files that are not tars."""
+    shards = [problem for problem in problems if problem.sample < 0]
+    if len(shards) > 1:
+        _list(shards, _SHOWN_SHARDS)
+    advice = (
+        "--skip-bad indexes the samples that are whole"
+        if not foreign
+        else "without such files the others can be indexed"
+    )
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    raise InputError(f"{dest}: {(foreign or problems)[0]}{more}; {advice}")
+
+
+def _list(problems: list[Problem], most: int) -> None:
+    for problem in problems[:most]:
+        print(f"  {problem}")
+    if len(problems) > most:
+        print(f"  and {len(problems) - most:,} more")
 
 
 def _column_of(load: Callable[[Split], "np.ndarray | None"], old: Split) -> "np.ndarray | None":
@@ -521,27 +489,6 @@ def _mean_file(args: argparse.Namespace, old: Split | None) -> str:
     return mean
 
 
-class Progress:
-    """One line on stderr, on a terminal only: shards done of all, samples."""
-
-    def __init__(self, name: str, shards: int):
-        self.name, self.shards, self.done, self.samples = name, shards, 0, 0
-        self.shown = sys.stderr.isatty()
-        self.last = 0.0
-
-    def add(self, samples: int) -> None:
-        self.done += 1
-        self.samples += samples
-        if self.shown and time.monotonic() - self.last > 0.1:
-            self.last = time.monotonic()
-            text = f"\r{self.name}: {self.done} of {self.shards} shards, {self.samples:,} samples"
-            print(text, end="", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        if self.shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
 def _check_out(args: argparse.Namespace) -> None:
     if not is_remote(args.dest) and not os.path.isdir(args.dest):
         raise InputError(f"no folder {args.dest}")
@@ -576,7 +523,7 @@ def parser() -> Parser:
     p.add_argument("--label-member", default="", metavar="EXT", help="member with the label (cls)")
     p.add_argument("--label-key", default="", metavar="FIELD", help="the label is this field of the .json member")
     p.add_argument("--classes", metavar="FILE", help="names of the classes, one a line, that of label 0 first")
-    p.add_argument("--skip-bad", action="store_true", help="leave out samples without image or label, and damage")
+    p.add_argument("--skip-bad", action="store_true", help="leave out what is damaged or lacks image or label")
     p.add_argument("--workers", type=int, default=workers.available_cores(), metavar="N", help="processes (all cores)")
     return p
 
@@ -589,10 +536,10 @@ def main(argv: list[str] | None = None) -> int:
     _check_out(args)
     classes = _read_classes(args.classes) if args.classes else ()
     started = time.monotonic()
-    found = _chosen_tars(args.dest, args.splits)
+    found = chosen_tars(args.dest, args.splits)
     if not found:
-        packed = [] if is_remote(args.dest) else glob.glob("*.t*z*", root_dir=args.dest)
-        hint = f"; unpack {packed[0]} to .tar first: compressed tars cannot be read at random" if packed else ""
+        others = not_read(args.dest)
+        hint = f"; unpack {short(others[0])} to .tar first: compressed tars cannot be read at random" if others else ""
         raise InputError(f"no .tar in {args.dest} or one folder below{hint}")
     try:
         splits = [_index_split(args, name, tars, classes) for name, tars in found.items()]
@@ -605,6 +552,9 @@ def main(argv: list[str] | None = None) -> int:
             _report(split, labels, problems)
     except OSError as error:
         raise InputError(f"cannot write to {args.out}: {error.strerror or error}") from None
+    others = not_read(args.dest) if not args.splits else []
+    if others:
+        print(f"note: not read, for the name does not end in .tar: {few(others, 4, ', ')}")
     print(f"indexed in {time.monotonic() - started:.1f} s")
     return 0
 
@@ -623,12 +573,16 @@ def _report(split: Split, labels: "np.ndarray", problems: list[Problem]) -> None
         first = "; labels seem to count from 1" if list(empty) == [0] else f", the first {empty[0]}"
         print(f"  note: {len(empty)} classes have no sample{first}")
     left_out = sum(len(shard.bad) for shard in split.shards)
-    if left_out or problems:
+    if left_out:
         print(f"  note: {left_out} samples are left out")
-    for problem in problems[:_SHOWN]:
-        print(f"  {problem}")
-    if len(problems) > _SHOWN:
-        print(f"  and {len(problems) - _SHOWN} more")
+    none = [shard.url for shard in split.shards if not shard.nsamples]
+    if none:
+        print(f"  note: {len(none)} shards give no sample: {few(none, separator=', ')}")
+    for note in missing_numbers(shard.url for shard in split.shards):
+        print(f"  note: {note}")
+    shards = sum(problem.sample < 0 for problem in problems)  # these come first
+    _list(problems[:shards], _SHOWN_SHARDS)
+    _list(problems[shards:], _SHOWN_SAMPLES)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,8 @@ def checked_options(arguments):
 def pack(arguments, options, comm) -> int:
     """Pack everything, as the only process or as rank 0 of `comm`."""
     from shards import sources
-    from shards.pool import Progress, WorkerError, pack_all
+    from shards.pool import WorkerError, pack_all
+    from shards.progress import Progress
     from shards.workers import available_cores
     from shards.write import STATE, write_error
 
@@ -155,7 +156,8 @@ def pack(arguments, options, comm) -> int:
                 _say(jobs, tasks, total - left)
                 light = [dataclasses.replace(job, items=_light(job)) for job in jobs]
                 released = True  # pack_all does it, and whatever happens then tells them to stop
-                progress = Progress(total, total - left)
+                what = f"packing {' and '.join(dict.fromkeys(jobs[number].items.split for number, _ in tasks))}"
+                progress = Progress(total, what=what, done=total - left)
 
                 bad = 0
 

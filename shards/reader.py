@@ -14,18 +14,20 @@ import resource
 import tarfile
 import time
 
-from shards.cli import InputError
+from shards.cli import InputError, few
 from shards.split import (
     IMAGE_EXTENSIONS,
     INDEX_VERSION,
     Member,
     Shard,
     Split,
+    check_regular,
     image_member,
     is_remote,
     read_file,
     read_idx,
 )
+from shards.tar import refuse_foreign
 
 # Environment variable: a folder on the node's own disk in which remote shards are kept. Without it every image is a
 # request of its own, which is for trying out only.
@@ -121,6 +123,7 @@ class ShardReader:
             if not cache:
                 return _Open(path, offsets, sizes, -1, 0, 0.0)
             path = remote.cached(path, cache, shard.filesize, shard.sha256)
+        check_regular(path)  # opening a pipe would wait for its writer
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             filesize = os.fstat(descriptor).st_size
@@ -128,6 +131,7 @@ class ShardReader:
             for member in (first, last):
                 header = os.pread(descriptor, _BLOCK, member.offset - _BLOCK)
                 if not _names(header, member):
+                    refuse_foreign(path)
                     raise InputError(
                         f"{self.split.idx_path(shard)} does not belong to {path}: {member.name or 'a member'} is not "
                         f"at byte {member.offset}; python -m shards.index {self.split.root} makes the index anew",
@@ -141,11 +145,13 @@ class ShardReader:
     def _check_size(self, path: str, shard: Shard, filesize: int, end: int) -> None:
         expected = shard.filesize or end
         if filesize < expected:
+            refuse_foreign(path)
             raise InputError(
                 f"{path} ends early: it has {filesize} bytes of {expected}; copy or pack that shard again",
                 everywhere=False,
             )
         if shard.filesize and filesize > expected:
+            refuse_foreign(path)
             raise InputError(
                 f"{path} has {filesize} bytes, {self.split.name}.json says {expected}: it was changed; "
                 f"python -m shards.index {self.split.root} makes the index anew",
@@ -293,9 +299,10 @@ def _image_of(split: Split, shard: Shard, number: int, sample: tuple[Member, ...
     """The image of a sample. Raises InputError where it has none."""
     image = image_member(sample, split.encoding)
     if image is None:
-        found = ", ".join(member.ext for member in sample)
+        found = few((member.ext for member in sample), separator=", ")
         raise InputError(
             f"{split.path(shard.url)}: sample {number} has no image member ({found}); "
-            f"images end in {', '.join('.' + ext for ext in IMAGE_EXTENSIONS)}"
+            f"images end in {', '.join('.' + ext for ext in IMAGE_EXTENSIONS)}",
+            everywhere=False,
         )
     return image

@@ -79,20 +79,31 @@ def cached(url: str, folder: str, size: int, sha256: str) -> str:
     # Shards that were packed anew under the same address get another name.
     digest = hashlib.sha256(f"{url} {size} {sha256}".encode()).hexdigest()[:16]
     path = os.path.join(folder, f"{digest}-{re.sub('[^A-Za-z0-9._-]', '_', url.rpartition('/')[2])}")
-    if os.path.exists(path):
+    if _is_kept(path, size):
         return path
     try:
         os.makedirs(folder, exist_ok=True)
         with open(f"{path}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # when its holder dies, the system frees it
-            if not os.path.exists(path):
+            if not _is_kept(path, size):
                 _fetch(url, f"{path}.part", size, sha256)
                 os.replace(f"{path}.part", path)
     except FileNotFoundError:
         raise InputError(f"{url} is not there", False) from None
     except OSError as error:
-        raise InputError(f"cannot keep {url} in {folder}: {error.strerror or error}", False) from None
+        raise InputError(
+            f"cannot keep {url} in {folder}: {error.strerror or error}; SHARDS_CACHE names a folder with room for all "
+            "shards, of which none is ever removed; without it each image is fetched when it is needed",
+            False,
+        ) from None
     return path
+
+
+def _is_kept(path: str, size: int) -> bool:
+    try:
+        return os.path.getsize(path) == size or not size
+    except OSError:
+        return False
 
 
 def _fetch(url: str, path: str, size: int, sha256: str) -> None:

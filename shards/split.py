@@ -15,7 +15,7 @@ import re
 import stat
 from typing import TYPE_CHECKING
 
-from shards.cli import InputError, nearest
+from shards.cli import InputError, few, nearest
 
 if TYPE_CHECKING:  # numpy is imported where it is used: --help of the commands that read a split must not wait for it
     import numpy as np
@@ -132,7 +132,7 @@ def load_fields(data: str, name: str) -> dict:
         if any(entry.startswith(f"{name}-") for entry in found):
             raise InputError(f"{path} is missing; make it with python -m shards.index {data}") from None
         splits = sorted({entry.rsplit("-", 1)[0] for entry in found})
-        hint = f"{nearest(name, splits)} it holds {', '.join(splits)}" if splits else "it holds no tar shards"
+        hint = f"{nearest(name, splits)} it holds {few(splits, separator=', ')}" if splits else "it holds no tar shards"
         raise InputError(f"no shards of split {name!r} in {data}: {hint}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read the shard index {path}: {error}; python -m shards.index makes it anew") from None
@@ -303,8 +303,9 @@ def read_file(path: str) -> bytes:
 
 def check_regular(path: str) -> None:
     """Raise OSError unless a path is of a file: an index may name a pipe, which waits, or a device without an end."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "it is not a file", path)
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, f"it is {'a folder, ' if stat.S_ISDIR(mode) else ''}not a file", path)
 
 
 def sync_folder(folder: str) -> None:
@@ -366,12 +367,14 @@ def read_idx(split: Split, shard: Shard) -> list[tuple[Member, ...]]:
         samples = parse_idx(read_file(path), path)
     except OSError as error:
         raise InputError(
-            f"cannot read {path}: {error.strerror or error}; python -m shards.index {split.root} makes it anew"
+            f"cannot read {path}: {error.strerror or error}; python -m shards.index {split.root} makes it anew",
+            everywhere=False,
         ) from None
     if len(samples) != shard.nsamples:
         raise InputError(
             f"{path} lists {len(samples)} samples, {split.name}.json {shard.nsamples}; "
-            f"python -m shards.index {split.root} makes both anew"
+            f"python -m shards.index {split.root} makes both anew",
+            everywhere=False,
         )
     return samples
 
@@ -397,6 +400,7 @@ def parse_idx(data: bytes, path: str) -> list[tuple[Member, ...]]:
             raise ValueError(f"{len(samples)} of {count} lines")
     except (KeyError, ValueError, IndexError) as error:
         raise InputError(
-            f"{path} is not a shard index (v1.1 or v1.2): {error}; python -m shards.index makes it anew"
+            f"{path} is not a shard index (v1.1 or v1.2): {error}; python -m shards.index makes it anew",
+            everywhere=False,
         ) from None
     return samples

@@ -10,13 +10,14 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
-from shards.cli import InputError
+from shards.cli import InputError, short
 from shards.split import Member, check_regular, idx_word, is_remote
 
 BLOCK = 512  # bytes; a tar is made of such blocks
 _ZEROS = bytes(BLOCK)
 _WINDOW = 4096  # bytes a read: a page; mostly holds a label's header, its text and the next image's header
 _META_LIMIT = 1 << 20  # bytes; a longer name or PAX header is an attack or damage, not a name
+_MOST_ZEROS = 2 << 20  # bytes at the end; tar writes records of 10,240 bytes, of up to 1 MiB where told so
 _TAIL_CHUNK = 1 << 20  # bytes a read while the end of the archive is looked through
 
 _FILE_TYPES = b"0\x007"  # regular, regular as of 1979, contiguous
@@ -31,6 +32,84 @@ class TarError(Exception):
     def __init__(self, offset: int, message: str):
         super().__init__(f"at byte {offset}: {message}")
         self.offset = offset
+
+    @property
+    def verdict(self) -> str:
+        """What this says of the whole file."""
+        return f"not a whole tar: {self}"
+
+
+class NotTar(TarError):
+    """The file is of another kind from its first byte on. The message says of which."""
+
+    def __init__(self, message: str):
+        Exception.__init__(self, message)
+        self.offset = 0
+
+    @property
+    def verdict(self) -> str:
+        return f"not a tar: {self}"
+
+
+_UNPACK = "unpack it to a plain .tar first"
+_FETCH = "the download failed, fetch it again"
+_MAGIC = (  # first bytes of files that are met under the name .tar
+    (b"\x1f\x8b\x08", f"gzip data; {_UNPACK} (gunzip)"),
+    (b"\x1f\x9d", f"compress data; {_UNPACK} (uncompress)"),
+    (b"BZh", f"bzip2 data; {_UNPACK} (bunzip2)"),
+    (b"\xfd7zXZ\0", f"xz data; {_UNPACK} (unxz)"),
+    (b"\x28\xb5\x2f\xfd", f"zstd data; {_UNPACK} (unzstd)"),
+    (b"\x04\x22\x4d\x18", f"lz4 data; {_UNPACK} (unlz4)"),
+    (b"PK\3\4", "a zip archive; unpack it and pack its files as a .tar"),
+    (b"PK\5\6", "an empty zip archive; fetch it again"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive; unpack it and pack its files as a .tar"),
+    (b"Rar!\x1a\x07", "a RAR archive; unpack it and pack its files as a .tar"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+    (b"PAR1", "a Parquet file"),
+    (b"ARROW1", "an Arrow file"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"\x89PNG\r\n\x1a\n", "a PNG image"),
+    (b"%PDF-", "a PDF file"),
+    (b"\x7fELF", "a program (ELF)"),
+)
+_LFS = b"version https://git-lfs.github.com/spec"
+_CONTROL = bytes(set(range(32)) - set(b"\t\n\r\f\x1b"))  # bytes that no text has
+
+
+def foreign_kind(block: bytes) -> str:
+    """What a file is that is not a tar, by its first 512 bytes, and what to do; empty where that is not known.
+
+    To be asked only after the block has turned out to be no tar header: a tar may begin with any name.
+    """
+    for magic, kind in _MAGIC:
+        if block.startswith(magic) and (magic != b"BZh" or block[4:10] == b"1AY&SY"):
+            return kind
+    if block.startswith(_LFS):
+        return "a Git LFS pointer in place of the file; fetch the file itself with git lfs pull"
+    text = block.removeprefix(b"\xef\xbb\xbf").strip()
+    words = text.decode("utf-8", "replace")
+    if not text or text.translate(None, _CONTROL) != text or words.count("\ufffd") > 1:  # one: cut off at byte 512
+        return ""
+    start = text[:64].lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<!--")):
+        kind = "a web page (HTML)"
+    elif start.startswith(b"<"):
+        kind = "XML, as a server answers errors"
+    elif start[:1] in b"{[":
+        kind = "JSON"
+    else:
+        kind = "plain text"
+    quote = " ".join(words.removeprefix('<?xml version="1.0" encoding="UTF-8"?>').split())
+    return f"{kind}: {short(quote, 80)!r}; {_FETCH}"
+
+
+def refuse_foreign(path: str) -> None:
+    """Raise InputError where a local file is of another known kind than a tar."""
+    with open(path, "rb") as file:
+        block = file.read(BLOCK)
+    if not _is_header(block) and (kind := foreign_kind(block)):
+        raise InputError(f"{path} is not a tar: it is {kind}", everywhere=False)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -91,7 +170,7 @@ def scan(file: BinaryIO, name: str, start: int = 0, size: int | None = None) -> 
     try:
         return list(samples(file_read(file), start + size, start))
     except TarError as error:
-        raise InputError(f"{name} is not a whole tar: {error}", everywhere=False) from None
+        raise InputError(f"{name} is {error.verdict}", everywhere=False) from None
 
 
 def samples(read: Read, end: int, start: int = 0, damage: list[TarError] | None = None) -> Iterator[tuple[Member, ...]]:
@@ -148,6 +227,9 @@ def is_header_of(block: bytes, member: Member) -> bool:
 def _walk(read: Read, end: int, start: int) -> Iterator[Member | TarError]:
     """Regular files in order, and a TarError at each damaged place, behind which the next sound header is sought."""
     position = start
+    if start >= end:
+        yield TarError(start, "it is empty (0 bytes)")
+        return
     shared: dict[str, bytes] = {}  # PAX records for all members that follow
     own: dict[str, bytes] = {}  # those for the next member, and its GNU long name
     while position < end:
@@ -158,9 +240,14 @@ def _walk(read: Read, end: int, start: int) -> Iterator[Member | TarError]:
             if block == _ZEROS:
                 behind = _first_nonzero(read, position + BLOCK, end)
                 if behind is None:
+                    if end - position > _MOST_ZEROS:
+                        message = f"its last {end - position:,} bytes are zeros: a download that has not finished?"
+                        yield TarError(position, message)
                     return
-                yield TarError(behind, "there is data behind the end-of-archive mark")
+                yield TarError(behind, "there is data after the end-of-archive mark")
                 own, position = {}, _next_header(read, behind - BLOCK, end)
+                if position >= end:
+                    return
                 continue
             kind, name, size = _parse_header(block, position)
             data = position + BLOCK
@@ -174,7 +261,7 @@ def _walk(read: Read, end: int, start: int) -> Iterator[Member | TarError]:
                 size = _decimal(own.get("size", shared.get("size", b"")), position)
             following = data + (size + BLOCK - 1) // BLOCK * BLOCK
             if data + size > end:
-                yield TarError(position, f"{name!r} should have {size} bytes, the file ends after {end - data}")
+                yield TarError(position, f"{short(name)!r} should have {size} bytes, the file ends after {end - data}")
                 return
             if kind in b"xgXLK":
                 if size > _META_LIMIT:
@@ -188,18 +275,25 @@ def _walk(read: Read, end: int, start: int) -> Iterator[Member | TarError]:
                     shared.update(_parse_pax(text, position))
             else:
                 if kind == b"S" or any(key.startswith("GNU.sparse.") for key in own):
-                    raise TarError(position, f"{name!r} is a sparse file; pack it again without tar's --sparse")
+                    raise TarError(position, f"{short(name)!r} is a sparse file; pack it again without tar's --sparse")
                 if kind in _FILE_TYPES and not name.endswith("/"):
                     yield Member(split_name(name)[1], data, size, name)
                 own = {}
             if following > end:
-                yield TarError(position, f"the file ends within the padding of {name!r}: it was cut off")
+                yield TarError(position, f"the file ends within the padding of {short(name)!r}: it was cut off")
                 return
             position = following
         except TarError as error:
-            yield error
-            own = {}
-            position = _next_header(read, position, end)
+            strange = position == start and not _is_header(block)
+            kind = foreign_kind(block) if strange else ""
+            following = end if kind else _next_header(read, position, end)
+            if not kind and strange and following >= end and len(block) == BLOCK:
+                kind = f"{end - start} bytes without one tar header, which begin with {block[:16]!r}"
+            yield NotTar(f"it is {kind}") if kind else error
+            if following >= end:
+                return
+            own, position = {}, following
+    yield TarError(end, "it ends without an end-of-archive mark: it may have been cut off between two files")
 
 
 def _parse_header(block: bytes, offset: int) -> tuple[bytes, str, int]:
@@ -277,11 +371,15 @@ def _next_header(read: Read, position: int, end: int) -> int:
         block = read(position, BLOCK)
         if len(block) < BLOCK:
             break
-        try:
-            if block != _ZEROS:
-                _parse_header(block, position)
-                return position
-        except TarError:
-            pass  # not a header: the next block may be one
+        if block != _ZEROS and _is_header(block):
+            return position
         position += BLOCK
     return end
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        _parse_header(block, 0)
+        return len(block) == BLOCK
+    except (TarError, IndexError):  # the latter: a short block
+        return False

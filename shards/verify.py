@@ -15,20 +15,19 @@ import zlib
 from typing import TYPE_CHECKING
 
 from shards import remote, workers
-from shards.cli import EXIT_BAD_INPUT, InputError, Parser, run
+from shards.cli import EXIT_BAD_INPUT, InputError, Parser, few, run
 from shards.index import (
     BadSample,
     LabelRule,
     Problem,
-    Progress,
     check_members,
     extra_fields,
-    list_tars,
-    natural,
     read_label,
     sample_key,
     save_index,
 )
+from shards.names import list_tars, missing_numbers, natural
+from shards.progress import Progress
 from shards.split import (
     Member,
     Shard,
@@ -200,12 +199,17 @@ def _check_tar(task: _Task, stream: _Stream, listed: list[tuple[Member, ...]] | 
         crcs.append(crc)
         keys.append(int.from_bytes(hashlib.blake2b(_key_bytes(sample), digest_size=8).digest(), "little"))
     report.nsamples = number + 1
-    for error in damage:
-        if shard.repaired:
-            report.notes.append(f"{shard.url}: known damage {error}")
-        else:
-            report.add(Problem("tar", f"not a whole tar: {error}", shard.url))
-    for position in np.flatnonzero(~met):
+    wrong = [error.verdict for error in damage]
+    if not report.nsamples and not damage:
+        wrong.append("it holds no samples")
+    if shard.repaired:
+        report.notes += [f"{shard.url}: known damage: {what}" for what in wrong]
+        wrong = []
+    if not report.nsamples and expected:
+        wrong.append(f"the index has {expected:,} samples, the tar none")
+    for what in wrong:
+        report.add(Problem("tar", what, shard.url))
+    for position in np.flatnonzero(~met) if report.nsamples else ():
         key = sample_key(listed[position]) if listed and listed[position] else "?"
         report.add(Problem("tar", "the index has it, the tar does not", shard.url, int(position), key))
     _check_file(shard, stream.finish(), report)
@@ -216,7 +220,7 @@ def _check_tar(task: _Task, stream: _Stream, listed: list[tuple[Member, ...]] | 
         report.notes.append(f"{shard.url}: nothing can vouch for the labels in it: repair leaves out all its samples")
         bad += numbers
         good, numbers, labels, crcs, keys = [], [], [], [], []
-    report.repaired = bool(bad or damage)
+    report.repaired = bool(bad or damage or not report.nsamples)
     report.bad = tuple(sorted(bad))
     report.numbers = np.array(numbers, np.int32)
     report.labels = np.array(labels, np.int32)
@@ -250,10 +254,10 @@ def _difference(sample: tuple[Member, ...], line: tuple[Member, ...]) -> str:
     if found == expected:
         return ""
     if len(found) != len(expected):
-        has, lists = (" ".join("." + member.ext for member in side) for side in (sample, line))
+        has, lists = (few("." + member.ext for member in side) for side in (sample, line))
         return f"the tar has {has} where the .idx lists {lists}"
     f, e = next((f, e) for f, e in zip(found, expected, strict=True) if f != e)
-    return f"the tar has {' '.join(map(str, f))} where the .idx lists {' '.join(map(str, e))}"
+    return f"the tar has {few(map(str, f))} where the .idx lists {few(map(str, e))}"
 
 
 def _check_sample(
@@ -382,11 +386,11 @@ def verify_split(split: Split, fields: dict, count: int, decode: bool, repair: b
         tasks.append(_Task(dataclasses.replace(split, shards=()), shard, *own, decode, repair))
     started = time.monotonic()
     reports: list[Report] = [None] * len(tasks)
-    progress = Progress(split.name, len(tasks))
+    progress = Progress(split.nsamples, what=f"verifying {split.name}")
     for number, report in workers.run_tasks(_verify_shard, tasks, count):
         reports[number] = report
         progress.add(report.nsamples)
-    progress.end()
+    progress.close()
     result = Result(split, reports, problems, notes, time.monotonic() - started)
     for number, positions in _duplicates(result).items():
         shard, report = split.shards[number], reports[number]
@@ -397,6 +401,7 @@ def verify_split(split: Split, fields: dict, count: int, decode: bool, repair: b
             report.add(Problem("key", message, shard.url, sample, keys.get(sample, "")))
         if repair:
             _take_out(report, positions)
+    notes += [f"{split.name}: {note}" for note in missing_numbers(shard.url for shard in split.shards)]
     left_out = sum(len(shard.bad) for shard in split.shards)
     if left_out:
         notes.append(f"{split.name}: {left_out} damaged samples were left out of the index before")
@@ -671,7 +676,7 @@ def _print(report: dict) -> None:
             f"{name}: {split['samples']:,} samples in {split['shards']} shards, {split['classes']} classes, "
             f"{split['bytes'] / 1e6:,.1f} MB: {state}"
         )
-    for fields in report["problems"][:_SHOWN]:
+    for fields in sorted(report["problems"], key=lambda fields: fields["sample"] >= 0)[:_SHOWN]:  # shards first
         split = fields.pop("split")
         print(f"  {split + ': ' if split else ''}{Problem(**fields)}")
     if report["problem_count"] > _SHOWN:

@@ -110,6 +110,30 @@ def test_verify_finds_all_damage_where_checksums_are_recorded(originals, tmp_pat
             assert verified(tmp_path / "set") == 2, case
 
 
+@pytest.mark.parametrize("options", [(), ("--skip-bad",)])
+def test_index_loses_no_sample_without_a_word(originals, tmp_path, capsys, options):
+    """Each shard that has fewer samples than before is named, in a line; without --skip-bad it is an error."""
+    folder = tmp_path / "set"
+    refused = told = 0
+    for case in cases(folder, originals["foreign"], TARS, 200, seed=8):
+        for name in ("train.json", "train.labels.npy", "train-000000.idx", "train-000001.idx"):
+            os.unlink(folder / name)
+        capsys.readouterr()
+        with in_time():
+            try:
+                assert index.main([str(folder), "--workers", "1", *options]) == 0
+            except InputError as error:
+                assert "\n" not in str(error) and len(str(error)) < 500 and case[:16] in str(error), case
+                refused += 1
+                continue
+            said = capsys.readouterr().out
+            found = [shard.nsamples for shard in load_split(str(folder), "train").shards]
+            if found != list(SHARDS):
+                assert options and f"\n  {case[:16]}: " in said, case
+                told += 1
+    assert told > 60 if options else refused > 100
+
+
 def places(folder) -> dict[str, list]:
     """Where all members lie, and what their labels say, in each tar as it is now."""
     found = {}
@@ -229,7 +253,7 @@ def test_worker_processes_do_not_hang_on_damage(originals, tmp_path):
     from job.loader import Loader
 
     folder = tmp_path / "set"
-    for case in cases(folder, originals["packed"], TARS, 8, seed=5):
+    for case in cases(folder, originals["packed"], TARS, 3, seed=5):
         with in_time():
             try:
                 split = load_split(str(folder), "train")

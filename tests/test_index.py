@@ -1,21 +1,25 @@
 """Shards that others made are indexed as they come; what is unclear is an error in one line, and nothing runs."""
 
 import builtins
+import gzip
 import io
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
 import tarfile
+import time
 
 import numpy as np
 import pytest
 
 import tars
-from shards import index, verify
+from shards import index, names, progress, verify
 from shards.cli import InputError
 from shards.split import image_member, load_labels, load_split, read_idx
+from shards.tar import samples
 
 
 def run(folder, *options) -> None:
@@ -47,13 +51,12 @@ def foreign(number: int, label: int) -> list[tuple[str, bytes]]:
 
 
 @pytest.mark.parametrize("format", ["ustar", "gnu", "pax"])
-@pytest.mark.parametrize("end_mark", [True, False])
-def test_foreign_shards_are_indexed(tmp_path, format, end_mark, capsys):
+def test_foreign_shards_are_indexed(tmp_path, format, capsys):
     formats = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
     prefix = "" if format == "ustar" else "long/" * 30 + "ü/"
     for k in range(3):
         members = [(prefix + n, d) for i in range(k * 4, k * 4 + 4) for n, d in foreign(i, i % 3)]
-        tars.write_tar(f"{tmp_path}/imagenet-train-{k:04d}.tar", members, formats[format], end_mark)
+        tars.write_tar(f"{tmp_path}/imagenet-train-{k:04d}.tar", members, formats[format])
     run(tmp_path)
     split = load_split(str(tmp_path), "train")
     assert split.nsamples == 12 and split.classes == ("0", "1", "2") and (split.height, split.width) == (0, 0)
@@ -94,7 +97,7 @@ def test_labels_from_json_and_by_class_name(tmp_path):
     ],
 )
 def test_split_by_name(paths, expected):
-    found = index.find_tars(paths)
+    found = names.find_tars(paths)
     assert {name: len(tar) for name, tar in found.items()} == expected
     if "train-9.tar" in paths:
         assert found["train"] == ["train-1.tar", "train-9.tar", "train-10.tar"]
@@ -117,10 +120,10 @@ def test_an_unclear_split_must_be_said(tmp_path):
 
 
 def test_ranges_of_shards():
-    assert index.expand("a-{008..011}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar", "a-011.tar"]
-    assert index.expand("{0..1}/{0..1}") == ["0/0", "0/1", "1/0", "1/1"]
+    assert names.expand("a-{008..011}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar", "a-011.tar"]
+    assert names.expand("{0..1}/{0..1}") == ["0/0", "0/1", "1/0", "1/1"]
     with pytest.raises(InputError):
-        index.expand("a-{5..1}.tar")
+        names.expand("a-{5..1}.tar")
 
 
 @pytest.mark.parametrize(
@@ -128,6 +131,7 @@ def test_ranges_of_shards():
     [
         ([("1.jpg", b"x")], r"sample 1 \(key '1'\): it has no label member .cls"),
         ([("1.txt", b"x"), ("1.cls", b"1")], "it has no image member"),
+        ([("1.jpg", b""), ("1.cls", b"1")], "its image .jpg is empty"),
         ([("1.jpg", b"x"), ("1.cls", b"-1")], "label '-1' is neither"),
         ([("1.jpg", b"x"), ("1.cls", b"1.0")], "label '1.0' is neither"),
         ([("1.jpg", b"x"), ("1.cls", "²".encode())], "neither"),
@@ -159,6 +163,153 @@ def test_a_cut_off_tar_is_an_error_and_can_be_skipped(tmp_path):
     assert load_labels(load_split(str(tmp_path), "train")).tolist() == list(
         range(load_split(str(tmp_path), "train").nsamples)
     )
+
+
+def three_shards(folder) -> list[bytes]:
+    """Shards of four samples each, of which the second is then damaged; their bytes."""
+    for k in range(3):
+        tars.write_tar(f"{folder}/train-{k}.tar", [m for i in range(4) for m in tars.sample(k * 4 + i, i)])
+    return [(folder / f"train-{k}.tar").read_bytes() for k in range(3)]
+
+
+# What is left of the second shard, the samples in it, and what is said. Its files: 1,024 bytes each .cls, then .jpg.
+DAMAGED = {
+    "empty": (lambda data: b"", 0, r"it is empty \(0 bytes\)"),
+    "no samples": (lambda data: bytes(10240), 0, "it holds no samples"),
+    "without an end mark": (lambda data: cut_at(data, 2), 2, "end-of-archive mark"),
+    "cut in padding": (lambda data: cut_at(data, 2)[:-3], 2, "within the padding"),
+    "followed by garbage": (lambda data: data + b"garbage" * 100, 4, "data after the end-of-archive mark"),
+    "followed by a tar": (lambda data: data + data, 8, "data after the end-of-archive mark"),
+}
+
+
+def cut_at(data: bytes, count: int) -> bytes:
+    """The tar up to the end of so many samples."""
+    whole = list(samples(lambda offset, size: data[offset : offset + size], len(data)))
+    return data[: whole[count][0].offset - 512]
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_shard_that_is_not_whole_is_refused_unless_allowed(tmp_path, what, capsys):
+    change, left, message = DAMAGED[what]
+    sound = three_shards(tmp_path)
+    (tmp_path / "train-1.tar").write_bytes(change(sound[1]))
+    with pytest.raises(InputError, match=f"train-1.tar: .*{message}.*--skip-bad") as error:
+        run(tmp_path)
+    assert len(str(error.value)) < 300 and not (tmp_path / "train.json").exists()
+    run(tmp_path, "--skip-bad")
+    out = capsys.readouterr().out
+    assert len(re.findall(f"train-1.tar: .*{message}", out)) == 1
+    assert ("1 shards give no sample: train-1.tar" in out) == (not left)
+    assert load_split(str(tmp_path), "train").nsamples == 8 + left
+    if what != "followed by a tar":  # there verify finds the samples twice
+        assert verify.main([str(tmp_path), "--workers", "1"]) == 0
+        assert "note: train-1.tar: known damage" in capsys.readouterr().out
+
+
+def test_each_shard_that_is_not_whole_has_one_line(tmp_path, capsys):
+    sound = three_shards(tmp_path)
+    for k in range(3):
+        (tmp_path / f"train-{k}.tar").write_bytes([b"", cut_at(sound[1], 1), b"404: Not Found"][k])
+    with pytest.raises(InputError, match="train-2.tar: not a tar: it is plain text.*and 2 more"):
+        run(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["  train-0.tar", "  train-1.tar", "  train-2.tar"]
+    for k in range(3):
+        (tmp_path / f"train-{k}.tar").write_bytes(b"")
+    with pytest.raises(InputError, match="has no sample"):
+        run(tmp_path, "--skip-bad")
+
+
+@pytest.mark.parametrize("options", [(), ("--skip-bad",)])
+def test_a_file_that_is_no_tar_is_never_left_out(tmp_path, options):
+    three_shards(tmp_path)
+    path = tmp_path / "train-1.tar"
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(InputError, match="train-1.tar: not a tar: it is gzip data; unpack it"):
+        run(tmp_path, *options)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match="train-1.tar: it is a folder"):
+        run(tmp_path, *options)
+    path.rmdir()
+    path.symlink_to("nowhere")
+    with pytest.raises(InputError, match="train-1.tar: No such file"):
+        run(tmp_path, *options)
+    assert not (tmp_path / "train.json").exists()
+
+
+@pytest.mark.parametrize(
+    "paths, missing",
+    [
+        (["train-0.tar", "train-1.tar", "train-3.tar", "val-7.tar"], "train-2.tar"),
+        (["a/008.tar", "a/009.tar", "a/012.tar"], "a/010.tar, a/011.tar"),
+        (["t-0000-of-0004.tar", "t-0001-of-0004.tar"], "t-0002-of-0004.tar, t-0003-of-0004.tar"),
+        (["t-1-of-3.tar", "t-3-of-3.tar"], "t-2-of-3.tar"),
+        (["x-1.tar", "x-999999999.tar"], "x-2.tar, x-3.tar, x-4.tar, x-5.tar, and 996 more"),
+        (["https://host/train-000.tar", "https://host/train-002.tar"], "https://host/train-001.tar"),
+        (
+            ["train.tar", "train-5.tar", "train-6.tar", "b-1-of-2.tar", "b-2-of-2.tar", "x" * 99 + "12345678901.tar"],
+            None,
+        ),
+    ],
+)
+def test_a_number_that_is_missing_in_a_series_is_noted(paths, missing):
+    notes = names.missing_numbers(paths)
+    assert notes == ([f"shards are missing in the series: {missing}"] if missing else [])
+
+
+def test_a_batch_log_shows_how_far_it_is(tmp_path, capsys, monkeypatch):
+    three_shards(tmp_path)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
+    run(tmp_path)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and re.search(r"indexing train 2/3 shards .* shards/s ETA 0:00:0", lines[1])
+    assert verify.main([str(tmp_path), "--workers", "1"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and re.search(r"verifying train 8/12 images .* images/s ETA 0:00:0", lines[1])
+
+
+def test_missing_shards_and_half_downloads_are_noted(tmp_path, capsys):
+    three_shards(tmp_path)
+    os.rename(tmp_path / "train-1.tar", tmp_path / "train-1.tar.part")
+    run(tmp_path)
+    out = capsys.readouterr().out
+    assert "note: shards are missing in the series: train-1.tar" in out
+    assert "note: not read, for the name does not end in .tar: train-1.tar.part" in out
+    assert verify.main([str(tmp_path), "--workers", "1"]) == 0
+    assert "note: train: shards are missing in the series: train-1.tar" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [(), ("--label-member", "cls"), ("--label-key", "label")])
+def test_names_with_dots_are_explained_in_one_short_line(tmp_path, options):
+    """All of them have the key `img`: one sample of 20,000 members. Checked in linear time."""
+    members = [m for i in range(10_000) for m in ((f"a/img.{i:04d}.jpg", b""), (f"a/img.{i:04d}.cls", b"1"))]
+    tars.write_tar(f"{tmp_path}/train-0.tar", members)
+    began = time.process_time()
+    with pytest.raises(
+        InputError, match="a key ends at the first dot of a name: call img.0000.jpg img_0000.jpg"
+    ) as error:
+        run(tmp_path, *options)
+    assert time.process_time() - began < 5  # a quadratic check took 13 s
+    assert len(str(error.value)) < 400 and "19,996 more" in str(error.value)
+
+
+def test_no_message_grows_with_the_data(tmp_path):
+    long = "x" * 50_000
+    fields = json.dumps({f"{long}{i}": 1 for i in range(10)}).encode()
+    for members in (
+        [(f"{long}.jpg", b"x")],
+        [("1.jpg", b"x"), ("1.cls", long.encode())],
+        [(f"1.{long}", b"x"), ("1.jpg", b"x"), (f"1.{long.upper()}", b"x")],
+        [("1.jpg", b"x"), ("1.json", fields)],
+    ):
+        tars.write_tar(f"{tmp_path}/train-0.tar", tars.sample(0, 0) + members, tarfile.PAX_FORMAT)
+        options = ["--label-key", "label"] if members[-1][0] == "1.json" else []
+        with pytest.raises(InputError) as error:
+            run(tmp_path, *options)
+        assert len(str(error.value)) < 500
+    assert len(str(InputError("y" * 10**6))) == 1000
 
 
 def test_splits_share_their_classes(tmp_path):

@@ -323,7 +323,19 @@ threading.Event().wait()
 """
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_leave_signals_to_their_rank(split):
+    """Ctrl-C and Slurm signal all processes of a job."""
+    with make(split, workers=1) as loader:
+        next(loader)
+        (worker,) = children()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            worker.send_signal(number)
+        for _ in range(10):
+            next(loader)
+        assert children() == [worker]
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_rank_leaves_no_process_and_no_memory(split, end):
     rank = subprocess.Popen(
         [sys.executable, "-c", RANK, split.root],
@@ -436,7 +448,8 @@ def test_passing_errors_of_the_file_system_go_unnoticed(split, worker_file_syste
 
 
 def test_lasting_error_of_the_file_system_names_the_shard(split, worker_file_system):
-    worker_file_system("""if next(calls) > 100: raise OSError(errno.EIO, "Input/output error")""")
+    error = 'raise OSError(errno.EIO, "Input/output error")'
+    worker_file_system(f"if next(calls) > 100: time.sleep = lambda _: None; {error}")  # without the pauses
     with pytest.raises(InputError, match=r"cannot read .*train-\d+.tar \(4 times\): Input/output error"):
         take(split, 60, workers=1)
 
@@ -516,6 +529,23 @@ def test_short_shard_is_found_before_training(tmp_path):
     split = write_split(tmp_path, [5, 5])
     os.truncate(split.path(split.shards[0].url), 1000)
     with pytest.raises(InputError, match="train-000000.tar ends early"):
+        make(split)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_shard_that_became_empty_is_found_before_training(tmp_path, known):
+    """An index of others may not know its size."""
+    split = write_split(tmp_path, [5, 5])
+    if not known:
+        split = dataclasses.replace(split, shards=tuple(dataclasses.replace(s, filesize=0) for s in split.shards))
+    path = split.path(split.shards[0].url)
+    for content, message in ((b"", "ends early: it has 0 bytes of"), (b"404: Not Found", "is not a tar: it is plain")):
+        Path(path).write_bytes(content)
+        with pytest.raises(InputError, match=f"train-000000.tar {message}"):
+            make(split)
+    os.unlink(path)
+    os.mkdir(path)
+    with pytest.raises(InputError, match="train-000000.tar: it is a folder"):
         make(split)
 
 

@@ -44,7 +44,7 @@ def fails(*arguments, **more) -> str:
     """The one line that a failing command prints."""
     done = command(*arguments, **more)
     assert done.returncode == 2, (done.stdout, done.stderr)
-    lines = [line for line in done.stderr.splitlines() if not line.startswith(("packing ", "note: "))]
+    lines = [line for line in done.stderr.splitlines() if " packing " not in line and not line.startswith("note: ")]
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     return lines[0]
 

@@ -1,5 +1,6 @@
 """Reading single samples from tars: what is wrong with a shard is named, what may pass is tried again."""
 
+import dataclasses
 import errno
 import os
 import tarfile
@@ -54,6 +55,34 @@ def test_shard_cut_off_before_it_is_opened(split):
         r.read(0, 0)
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "ends early: it has 0 bytes of"),
+        (b"\x1f\x8b\x08" + bytes(20_000), "is not a tar: it is gzip data"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is not a tar: it is a Git LFS pointer"),
+    ],
+)
+def test_shard_that_became_something_else_is_named(split, content, message, known):
+    """Also where the index does not know its size."""
+    with open(tar_of(split), "wb") as file:
+        file.write(content)
+    shards = tuple(dataclasses.replace(shard, filesize=shard.filesize if known else 0) for shard in split.shards)
+    with ShardReader(dataclasses.replace(split, shards=shards)) as r:
+        with pytest.raises(InputError, match=f"train-000000.tar {message}") as error:
+            r.read(0, 0)
+    assert not error.value.everywhere
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_named_at_once(split, make):
+    os.unlink(tar_of(split))
+    make(tar_of(split))
+    with ShardReader(split) as r, pytest.raises(InputError, match="train-000000.tar: it is .*not a file"):
+        r.read(0, 0)
+
+
 def test_shard_cut_off_while_it_is_open(split):
     with ShardReader(split) as r:
         r.read(0, 0)
@@ -103,8 +132,27 @@ def test_tar_that_was_changed_is_refused(split):
 
 def test_index_without_images_is_refused(tmp_path):
     split = write_split(tmp_path, [3], member=lambda number: ("txt", b"no image"))
-    with ShardReader(split) as r, pytest.raises(InputError, match=r"sample 0 has no image member \(txt, cls\)"):
-        r.read(0, 0)
+    with ShardReader(split) as r:
+        with pytest.raises(InputError, match=r"train-000000.tar: sample 0 has no image member \(txt, cls\)") as error:
+            r.read(0, 0)
+    assert not error.value.everywhere  # one rank alone may read this shard
+
+
+def test_index_of_another_length_is_refused_by_the_rank_that_reads_it(split):
+    for content, message in (
+        (b"v1.2 0\n", "lists 0 samples"),
+        (b"junk", "is not a shard index"),
+        (None, "cannot read"),
+    ):
+        os.unlink(split.idx_path(split.shards[0]))
+        if content is not None:
+            write_whole(split.idx_path(split.shards[0]), content)
+        with (
+            ShardReader(split) as r,
+            pytest.raises(InputError, match=f"train-000000.idx.*{message}|{message}.*idx") as error,
+        ):
+            r.read(0, 0)
+        assert not error.value.everywhere
 
 
 class Failing:

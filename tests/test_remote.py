@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import os
+import resource
 import threading
 
 import numpy as np
@@ -248,6 +249,26 @@ def test_training_reads_remote_shards_through_dropped_connections(server, tmp_pa
         assert np.array_equal(images, others) and labels == their and bad == none == 0
 
 
+def test_a_full_disk_ends_in_one_line_and_nothing_is_fetched_twice(server, tmp_path):
+    """A limit on the size of files stands for the disk: the system refuses to write as it does there."""
+    (tmp_path / "a.tar").write_bytes(DATA)
+    digest = hashlib.sha256(DATA).hexdigest()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, limits[1]))
+    try:
+        with pytest.raises(
+            InputError, match="cannot keep .*a.tar in .*; SHARDS_CACHE names a folder with room"
+        ) as error:
+            remote.cached(f"{server.url}/a.tar", str(tmp_path / "cache"), len(DATA), digest)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not error.value.everywhere and "\n" not in str(error.value)
+    server.requests.clear()
+    path = remote.cached(f"{server.url}/a.tar", str(tmp_path / "cache"), len(DATA), digest)
+    assert open(path, "rb").read() == DATA
+    assert int(server.requests[0][1].removeprefix("bytes=").partition("-")[0]) > 2_000_000
+
+
 def test_an_index_on_a_server_names_no_file_of_this_machine(server, tmp_path):
     tars.make_split(tmp_path / "data")
     for url in ("/etc/passwd", "pipe:touch pwned"):
@@ -267,8 +288,8 @@ def test_a_node_fetches_each_shard_once_into_its_cache(server, tmp_path, monkeyp
     monkeypatch.setenv("SHARDS_CACHE", str(cache))
     split = load_split(f"{server.url}/data", "train")
     labels = []
-    for _ in range(2):
-        with Loader(split, rank=0, world_size=1, global_batch=6, crop=40, train=False, workers=2) as loader:
+    for workers in (2, 0):
+        with Loader(split, rank=0, world_size=1, global_batch=6, crop=40, train=False, workers=workers) as loader:
             labels.append([label for batch in loader for label in batch.labels.tolist()])
     assert labels[0] == labels[1] == [i % 5 for i in range(18)]
     asked = sorted(path for path, _ in server.requests if path.endswith(".tar"))
@@ -291,6 +312,8 @@ def test_the_cache_carries_on_and_refuses_what_was_not_packed(server, tmp_path):
         remote.cached(f"{server.url}/a.tar", str(cache), len(DATA), "0" * 64)
     with pytest.raises(InputError, match="is not there"):
         remote.cached(f"{server.url}/../../b.tar", str(cache), 10, digest)
+    os.truncate(path, 1000)  # by whatever: it is fetched again
+    assert open(remote.cached(f"{server.url}/a.tar", str(cache), len(DATA), digest), "rb").read() == DATA
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError, match="cannot keep"):
         remote.cached(f"{server.url}/a.tar", str(tmp_path / "file"), len(DATA), digest)

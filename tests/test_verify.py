@@ -109,6 +109,58 @@ def test_a_missing_file_is_found(tmp_path, capsys, what):
     assert any(name in p["message"] or "missing" in p["message"] for p in found["problems"])
 
 
+def shard_lines(found: dict, shard: str) -> list[str]:
+    """What is said of a whole shard."""
+    return [p["message"] for p in found["problems"] if p["shard"] == shard and p["sample"] < 0]
+
+
+@pytest.mark.parametrize(
+    "change, message, left",
+    [
+        (lambda data, end: b"", r"it is empty \(0 bytes\)", 0),
+        (lambda data, end: bytes(10240), "it holds no samples", 0),
+        (lambda data, end: data[:end], "without an end-of-archive mark", 4),
+        (lambda data, end: b"<html><body>502 Bad Gateway</body></html>", "not a tar: it is a web page", 0),
+        (lambda data, end: data + b"garbage" * 99, "data after the end-of-archive mark", 6),
+    ],
+)
+@pytest.mark.parametrize("checksums", [True, False])
+def test_a_shard_that_is_not_whole_is_found(tmp_path, capsys, checksums, change, message, left):
+    """Also where the index knows neither size nor checksum of it, and where it was made of what is there now."""
+    split = tars.make_split(tmp_path, checksums=checksums)
+    path = tmp_path / "train-000001.tar"
+    data = path.read_bytes()
+    path.write_bytes(change(data, read_idx(split, split.shards[1])[4][0].offset - 512))
+    found = report(tmp_path, capsys, code=2)
+    assert re.search(message, shard_lines(found, "train-000001.tar")[0])
+    assert len(found["problems"]) <= 5 and not [p for p in found["problems"] if p["shard"] == "train-000000.tar"]
+    assert verify.main([str(tmp_path), "--workers", "1"]) == 2
+    assert re.search(f"train-000001.tar: .*{message}", capsys.readouterr().out.splitlines()[1])
+    found = report(tmp_path, capsys, "--repair", code=0)
+    assert found["splits"]["train"]["samples_left"] == 6 + left
+    found = report(tmp_path, capsys, code=0)
+    assert any(re.search(f"train-000001.tar: known damage: .*{message}", note) for note in found["notes"])
+    path.write_bytes(data)  # fetched again after all: the index lacks its samples, and that is found
+    assert shard_lines(report(tmp_path, capsys, code=2), "train-000001.tar")
+
+
+def test_an_empty_shard_that_the_index_counts_as_such_is_found(tmp_path, capsys):
+    """As indexes of before this was checked may have it."""
+    tars.make_split(tmp_path, (4, 0, 4))
+    assert shard_lines(report(tmp_path, capsys, code=2), "train-000001.tar") == ["it holds no samples"]
+    index.main([str(tmp_path), "--skip-bad", "--workers", "1"])
+    capsys.readouterr()
+    report(tmp_path, capsys, code=0)
+
+
+def test_messages_do_not_grow_with_the_sample(tmp_path, capsys):
+    tars.make_split(tmp_path, (2,), checksums=False)
+    members = tars.sample(0, 0) + [(f"00000000.{i}.txt", b"") for i in range(3000)] + tars.sample(1, 1)
+    tars.write_tar(tmp_path / "train-000000.tar", members)
+    found = report(tmp_path, capsys, code=2)
+    assert found["problems"] and max(len(p["message"]) for p in found["problems"]) < 300
+
+
 def test_an_orphan_is_found_and_a_shard_listed_twice(tmp_path, capsys):
     tars.make_split(tmp_path)
     shutil.copy(tmp_path / "train-000001.tar", tmp_path / "train-000002.tar")

@@ -1,0 +1,66 @@
+"""What a long command shows of its progress, on a terminal and in a batch log."""
+
+import io
+import re
+import time
+
+import pytest
+
+from shards import progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that the test sets; `stderr` is where Progress writes."""
+
+    class Clock:
+        now = 100.0
+
+    monkeypatch.setattr(time, "monotonic", lambda: Clock.now)
+    return Clock
+
+
+def shown(clock, monkeypatch, stream, steps, **more) -> str:
+    """What Progress writes when `steps` of (seconds since the start, units) are added."""
+    monkeypatch.setattr("sys.stderr", stream)
+    bar = progress.Progress(**more)
+    for seconds, count in steps:
+        clock.now = 100.0 + seconds
+        bar.add(count)
+    bar.close()
+    return stream.getvalue()
+
+
+def test_a_batch_log_gets_a_line_per_ten_seconds_with_time_rate_and_eta(clock, monkeypatch):
+    # One second passes before the first image, then 100 images per second.
+    steps = [(1 + n / 10, 10) for n in range(251)]
+    text = shown(clock, monkeypatch, io.StringIO(), steps, total=10_000, what="packing train")
+    lines = text.splitlines()
+    assert len(lines) == 2 and "\r" not in text
+    assert re.fullmatch(r"\d\d:\d\d:\d\d packing train 910/10,000 images 100 images/s ETA 0:01:31", lines[0])
+    assert lines[1].endswith("1,910/10,000 images 100 images/s ETA 0:01:21")
+
+
+def test_a_terminal_gets_one_line_that_is_rewritten_and_cleared(clock, monkeypatch):
+    text = shown(clock, monkeypatch, Terminal(), [(n, 1) for n in range(1, 4)], total=4, unit="shards", what="x")
+    assert "\n" not in text and text.count("\r") == 4 and text.endswith("\r\033[K")
+    assert "3/4 shards 1.0 shards/s ETA 0:00:01" in text
+
+
+def test_what_an_earlier_run_did_counts_as_done_and_not_for_the_rate(clock, monkeypatch):
+    text = shown(clock, monkeypatch, io.StringIO(), [(1, 0), (11, 50)], total=1000, done=500)
+    assert "550/1,000 images 5.0 images/s ETA 0:01:30" in text
+
+
+def test_an_unknown_total_has_no_eta(clock, monkeypatch):
+    text = shown(clock, monkeypatch, io.StringIO(), [(1, 10), (11, 100)], total=0, unit="samples", what="indexing val")
+    assert text.endswith("indexing val 110 samples 10 samples/s\n")
+
+
+def test_a_short_command_says_nothing(clock, monkeypatch):
+    assert shown(clock, monkeypatch, io.StringIO(), [(1, 5), (9, 5)], total=10) == ""
