@@ -25,8 +25,8 @@ def run_tasks(function: Callable, tasks: Sequence, workers: int) -> Iterator[tup
         for number, task in enumerate(tasks):
             yield number, function(task)
         return
-    # Not the start method of this Python or of the caller: with forkserver and spawn, a pool whose worker is killed while
-    # others start waits for ever (3.11 to 3.13).
+    # Not the start method of this Python or of the caller: fork starts all workers at once, before the pool watches
+    # them, and none has to import its modules again.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=_begin)
     try:
         numbers = {pool.submit(function, task): number for number, task in enumerate(tasks)}
