@@ -98,7 +98,7 @@ def prepare_triton(images, offsets, mirror, mean, dtype=torch.float32, channels_
             mirror.view(torch.uint8).contiguous(),
             images if mean is None else mean.contiguous(),  # not read where there is none
             out,
-            mean_size[1],
+            *mean_size,
             CROP=crop,
             MEAN=0 if mean is None else 1 if mean_size == (1, 1) else 2,
             CHANNELS_LAST=channels_last,

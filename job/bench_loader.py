@@ -15,6 +15,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 
+from shards.cores import cores_given
+
 DESCRIPTION = (
     "Images/s of reading, decoding and cropping, as training does it, into the memory from which the GPU copies. "
     "Without --data, 2,048 synthetic photographs of 256x256 are packed first (1/f noise, JPEG quality 90, about 27 KB "
@@ -230,7 +232,7 @@ def cpu_name() -> str:
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
         name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+    return f"{name}, {cores_given().count} cores"
 
 
 def versions() -> dict[str, str]:

@@ -253,7 +253,7 @@ def check_decoder() -> tuple[Finding, float]:
 
 
 def check_cores() -> list[Finding]:
-    from job.cores import cgroup_quota, cores_given
+    from shards.cores import cgroup_quota, cores_given
 
     affinity, machine, given = len(os.sched_getaffinity(0)), os.cpu_count() or 1, cores_given().count
     quota = cgroup_quota()
@@ -336,7 +336,7 @@ def read_rate(paths: list[str]) -> float:
 
 def check_data(split: "Split", decode: float) -> Finding:
     """Whether reading this split keeps up with decoding on the cores given; `decode` in images a second and core."""
-    from job.cores import cores_given
+    from shards.cores import cores_given
     from shards.split import is_remote
 
     text = f"{split.nsamples:,} samples in {len(split.shards)} shards, {split.encoding}"

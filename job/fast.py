@@ -103,12 +103,12 @@ class Network:
         """`job.augment.prepare` into `self.images`. images: uint8 (batch, crop, crop, 3)."""
         from job.fast_kernels import prepare_blocks
 
-        size = 0 if mean is None else mean.shape[1]
+        height, width = (0, 0) if mean is None else mean.shape[:2]
         blocks = self.images.shape[1]
         prepare_blocks[(blocks, self.batch)](
-            images, offsets, mirror.view(torch.uint8), images if mean is None else mean, self.images, size,
+            images, offsets, mirror.view(torch.uint8), images if mean is None else mean, self.images, height, width,
             CROP=images.shape[1], BLOCKS=blocks, SIZE=_power_of_two(12 * blocks),
-            MEAN=0 if mean is None else 1 if tuple(mean.shape[:2]) == (1, 1) else 2,
+            MEAN=0 if mean is None else 1 if (height, width) == (1, 1) else 2,
         )  # fmt: skip
         return self.images
 
@@ -261,14 +261,15 @@ class Network:
         if before:
             normalised = self._new(n, height, width, channels)
             lrn_forward[(-(-n * height * width // rows),)](
-                zs[0], zs[-1], bias, normalised, n * height * width,
-                C=channels, SPLIT_IN=len(zs) == 2, **_LRN, R=rows, CB=block,
+                zs[0], zs[-1], scale, bias, normalised, n * height * width,
+                C=channels, AFFINE=affine, SPLIT_IN=len(zs) == 2, **_LRN, R=rows, CB=block,
             )  # fmt: skip
             source = [normalised]
-        kept = self._new(n, *pooled, channels) if after or affine else outs[0]
+        pool_affine = affine and not before  # after LRN, the pool has nothing of the normalisation left to do
+        kept = self._new(n, *pooled, channels) if after or pool_affine else outs[0]
         pool_forward[(-(-pooled[0] * pooled[1] // rows), n)](
             source[0], source[-1], scale, bias, kept, index, outs[0], outs[-1],
-            H=height, W=width, C=channels, RELU=not before, AFFINE=affine, LRN=after, PLANES=False,
+            H=height, W=width, C=channels, RELU=not before, AFFINE=pool_affine, LRN=after, PLANES=False,
             SPLIT_IN=len(source) == 2, SPLIT_OUT=split, **_LRN, R=rows, CB=block,
         )  # fmt: skip
         if self.model.lrn_place == "none" and not affine and split:
@@ -288,14 +289,20 @@ class Network:
         if self.model.lrn_place != "before-pool":
             self._unpool(self._pooled_backward(ds, kept, index, scale, bias, name), index, zs, outs, name)
             return outs
-        partial = torch.empty(1, n * _IMAGE_PROGRAMS, channels, device=bias.device)
+        norm = self._norms.get(name)
+        partial = torch.empty(2 if norm else 1, n * _IMAGE_PROGRAMS, channels, device=bias.device)
         rows, block = _tile(channels, elements=_SQUARE_TILE)
         unpool_lrn[(_IMAGE_PROGRAMS, n)](
-            ds[0], ds[-1], index, zs[0], zs[-1], bias, outs[0], outs[-1], partial,
-            H=height, W=width, C=channels, SPLIT_D=len(ds) == 2, SPLIT=split, **_LRN,
+            ds[0], ds[-1], index, zs[0], zs[-1], scale, bias, outs[0], outs[-1], partial,
+            H=height, W=width, C=channels, AFFINE=norm is not None, SPLIT_D=len(ds) == 2, SPLIT=split, **_LRN,
             T=_IMAGE_PROGRAMS, R=rows, CB=block,
         )  # fmt: skip
-        torch.sum(partial[0], 0, out=getattr(self.model, f"conv{name}").bias.grad)
+        if norm:
+            norm.backward(partial)
+            for out, z, slopes in zip(outs, zs, norm.slopes.chunk(parts, 1), strict=True):
+                _scale_gradient(_rows(out), _rows(z), slopes.contiguous())
+        else:
+            torch.sum(partial[0], 0, out=getattr(self.model, f"conv{name}").bias.grad)
         return outs
 
     def _pooled_backward(
@@ -424,7 +431,7 @@ class Network:
 
         normalised: the batch normalisation before ReLU and its input; then `out` is the gradient of that input.
         """
-        from job.fast_kernels import relu_backward, scale_gradient
+        from job.fast_kernels import relu_backward
 
         channels = out.shape[-1]
         total = out.numel() // channels
@@ -441,10 +448,7 @@ class Network:
             torch.sum(partial[0], 0, out=bias_gradient)
             return
         norm.backward(partial)
-        rows, block = _tile(channels, most=512)
-        scale_gradient[(-(-total // rows), -(-channels // block))](
-            out, z, norm.slopes, total, C=channels, R=rows, CB=block
-        )
+        _scale_gradient(out, z, norm.slopes)
 
     def _cross_entropy(self, logits: Tensor, bias: Tensor) -> Tensor:
         """Mean loss of a batch, (N, classes) logits without their bias; their memory gets the gradient."""
@@ -514,6 +518,16 @@ class _BatchNorm:
             partial.sum(1, dtype=torch.float64), self._factors, self._weight_gradient, self._bias_gradient,
             self.slopes, self._count, C=channels, CB=_power_of_two(channels),
         )  # fmt: skip
+
+
+def _scale_gradient(d: Tensor, z: Tensor, slopes: Tensor) -> None:
+    """Gradient of a batch normalisation's output, (..., C), into that of its input `z`, in place."""
+    from job.fast_kernels import scale_gradient
+
+    channels = d.shape[-1]
+    total = d.numel() // channels
+    rows, block = _tile(channels, most=512)
+    scale_gradient[(-(-total // rows), -(-channels // block))](d, z, slopes, total, C=channels, R=rows, CB=block)
 
 
 def _reduction(total: int, rows: int) -> tuple[int, int]:

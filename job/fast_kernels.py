@@ -44,10 +44,9 @@ def _window_sum(x, R: tl.constexpr, CB: tl.constexpr):
 
 
 @triton.jit
-def _activation(z_a, z_b, bias, row, channel, mask, C: tl.constexpr, SPLIT: tl.constexpr):
-    """ReLU(z + bias), zero outside of the mask."""
-    a = _load(z_a, z_b, row, channel, mask, C, SPLIT).to(tl.float32)
-    a += tl.load(bias + channel, mask=channel < C, other=0.0)
+def _activation(z, factor, shift, mask, AFFINE: tl.constexpr):
+    """ReLU(z + shift), or ReLU(z * factor + shift), zero outside of the mask."""
+    a = z * factor + shift if AFFINE else z + shift
     return tl.where(mask & ((a > 0) | (a != a)), a, 0.0)  # not a number stays not a number
 
 
@@ -57,7 +56,7 @@ def pool_forward(
     z_b,
     scale,  # (C,) float32; where AFFINE
     bias,  # (C,) float32; where RELU
-    kept,  # (N, PH, PW, C), where LRN: activations before it; where AFFINE: the elements of z that were the maxima
+    kept,  # (N, PH, PW, C), where AFFINE: the elements of z that were the maxima; else, where LRN: what LRN reads
     index,  # uint8 (N, PH, PW, C): place 0..8 of the maximum in its window
     out_a,  # split where SPLIT_OUT; (N, C, PH, PW) where PLANES
     out_b,
@@ -115,7 +114,8 @@ def pool_forward(
         best = tl.where(best < 0, 0.0, best)
     best = best.to(out_a.dtype.element_ty)
     if LRN:
-        tl.store(kept + image * (PH * PW * C) + pixel * C + channel, best, mask=mask)
+        if not AFFINE:
+            tl.store(kept + image * (PH * PW * C) + pixel * C + channel, best, mask=mask)
         p = tl.where(mask, best.to(tl.float32), 0.0)
         s = LRN_K + LRN_ALPHA * _window_sum(p * p, R, CB)
         best = (p * tl.exp2(-LRN_BETA * tl.log2(s))).to(out_a.dtype.element_ty)
@@ -129,10 +129,12 @@ def pool_forward(
 def lrn_forward(
     z_a,  # (rows, C), split where SPLIT_IN
     z_b,
+    scale,  # (C,) float32; where AFFINE
     bias,  # (C,) float32
     out,  # (rows, C)
     rows,
     C: tl.constexpr,
+    AFFINE: tl.constexpr,  # batch normalisation: scale as well as bias
     SPLIT_IN: tl.constexpr,
     LRN_K: tl.constexpr,
     LRN_ALPHA: tl.constexpr,
@@ -144,7 +146,9 @@ def lrn_forward(
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
     channel = tl.arange(0, CB)[None, :]
     mask = (row < rows) & (channel < C)
-    a = _activation(z_a, z_b, bias, row, channel, mask, C, SPLIT_IN)
+    z = _load(z_a, z_b, row, channel, mask, C, SPLIT_IN).to(tl.float32)
+    factor = tl.load(scale + channel, mask=channel < C, other=0.0)
+    a = _activation(z, factor, tl.load(bias + channel, mask=channel < C, other=0.0), mask, AFFINE)
     s = LRN_K + LRN_ALPHA * _window_sum(a * a, R, CB)
     tl.store(out + row * C + channel, (a * tl.exp2(-LRN_BETA * tl.log2(s))).to(out.dtype.element_ty), mask=mask)
 
@@ -205,14 +209,16 @@ def pooled_backward(
             a = tl.load(kept + channel * P + pixel, mask=mask, other=0).to(tl.float32)
         else:
             a = tl.load(kept + place, mask=mask, other=0).to(tl.float32)
+        z = a
+        if AFFINE:
+            a = _activation(z, factor, shift, mask, True)
         if LRN:
             d = _lrn_gradient(d, a, R, CB, LRN_K, LRN_ALPHA, LRN_BETA)
-        elif AFFINE:
-            d = tl.where(a * factor + shift > 0, d, 0.0)
-            weighted += d * a
         else:
             d = tl.where(a > 0, d, 0.0)
         total += d
+        if AFFINE:
+            weighted += d * z
         tl.store(out + place, d.to(out.dtype.element_ty), mask=mask)
     column = tl.arange(0, CB)
     partial += (image * T + tl.program_id(0)) * C
@@ -306,13 +312,15 @@ def unpool_lrn(
     index,  # uint8 (N, PH, PW, C)
     z_a,  # (N, H, W, C): what came out of the convolution, split where SPLIT
     z_b,
+    scale,  # (C,) float32; where AFFINE
     bias,  # (C,) float32
-    out_a,  # (N, H, W, C), split where SPLIT
+    out_a,  # (N, H, W, C), split where SPLIT: gradient before ReLU
     out_b,
-    partial,  # float32 (N * T, C): sums of `out`, for the bias
+    partial,  # float32 (2, N * T, C): sums of `out`, for the bias; where AFFINE also of `out` times z
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
+    AFFINE: tl.constexpr,  # batch normalisation: scale as well as bias
     SPLIT_D: tl.constexpr,
     SPLIT: tl.constexpr,
     LRN_K: tl.constexpr,
@@ -338,6 +346,9 @@ def unpool_lrn(
     out_a += image * OUT
     out_b += image * OUT
     total = tl.zeros((R, CB), tl.float32)
+    weighted = tl.zeros((R, CB), tl.float32)
+    factor = tl.load(scale + channel, mask=channel < C, other=0.0)
+    shift = tl.load(bias + channel, mask=channel < C, other=0.0)
     for step in range(((SQUARES + R - 1) // R + T - 1) // T):
         square = (step * T + tl.program_id(0)) * R + tl.arange(0, R)[:, None]
         y = square // ((W + 1) // 2)
@@ -347,12 +358,19 @@ def unpool_lrn(
         for i in tl.static_range(4):
             inside = mask & (2 * y + i // 2 < H) & (2 * x + i % 2 < W)
             at = (2 * y + i // 2) * W + 2 * x + i % 2
-            a = _activation(z_a, z_b, bias, at, channel, inside, C, SPLIT)
+            z = _load(z_a, z_b, at, channel, inside, C, SPLIT).to(tl.float32)
+            a = _activation(z, factor, shift, inside, AFFINE)
             dz = _lrn_gradient(four[i], a, R, CB, LRN_K, LRN_ALPHA, LRN_BETA)
             total += dz
+            if AFFINE:
+                weighted += dz * z
             _store(out_a, out_b, at, channel, dz.to(out_a.dtype.element_ty), inside, C, SPLIT)
     column = tl.arange(0, CB)
-    tl.store(partial + (image * T + tl.program_id(0)) * C + column, tl.sum(total, 0), mask=column < C)
+    partial += (image * T + tl.program_id(0)) * C
+    tl.store(partial + column, tl.sum(total, 0), mask=column < C)
+    if AFFINE:
+        rows = tl.num_programs(1).to(tl.int64) * T
+        tl.store(partial + rows * C + column, tl.sum(weighted, 0), mask=column < C)
 
 
 @triton.jit
@@ -613,8 +631,9 @@ def prepare_blocks(
     images,  # uint8 (N, CROP, CROP, 3)
     offsets,  # int32 (N, 2)
     mirror,  # uint8 (N,)
-    mean,  # float32 (height, mean_width, 3), or (3,)
+    mean,  # float32 (mean_height, mean_width, 3), or (3,)
     out,  # (N, BLOCKS, BLOCKS, 48)
+    mean_height,
     mean_width,
     CROP: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -622,6 +641,8 @@ def prepare_blocks(
     SIZE: tl.constexpr,  # at least BLOCKS * 12, the values of a row of pixels
 ):
     """Mean, mirror, cast, and blocks of 4 x 4 pixels as 48 channels in the order (y, x, colour); zero beyond the crop.
+
+    A crop that reaches beyond the mean image, which is that of other images then, is not a number there.
 
     Program (i, n) makes the i-th row of blocks of image n: four rows of pixels.
     """
@@ -640,7 +661,10 @@ def prepare_blocks(
     if MEAN == 2:
         top = tl.load(offsets + image * 2)
         left = tl.load(offsets + image * 2 + 1)
-        result -= tl.load(mean + ((top + y) * mean_width + left) * 3 + source, mask=pixel, other=0.0)
+        top_y, left_x = top + y, left + source // 3
+        there = (top_y >= 0) & (top_y < mean_height) & (left_x >= 0) & (left_x < mean_width)
+        place = (top_y * mean_width + left) * 3 + source
+        result -= tl.load(mean + place, mask=pixel & there, other=float("nan"))
     result = tl.where(pixel, result, 0.0)
     out += image * (BLOCKS * BLOCKS * 48) + tl.program_id(0) * (BLOCKS * 48)
     place = value // 12 * 48 + inner * 12 + value % 12

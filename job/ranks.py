@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from shards.cli import EXIT_BAD_INPUT, EXIT_STOPPED, InputError
+from shards.cores import cores_given
 
 try:
     import horovod.torch as hvd
@@ -55,7 +56,7 @@ def pick_device(wanted: str) -> torch.device:
         torch.cuda.set_device(hvd.local_rank())
         return torch.device("cuda", hvd.local_rank())
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // hvd.local_size()))
+        torch.set_num_threads(cores_given(hvd.local_size()).count)
     return torch.device("cpu")
 
 

@@ -25,6 +25,7 @@ import psutil
 from job.runlog import lock
 from job.scalingmodel import EXPOSED, SECTIONS, STRAGGLERS, Gradient, Measured
 from shards.cli import InputError, Parser
+from shards.cores import cores_given
 from shards.split import write_whole
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -321,7 +322,7 @@ def _run_here(path: str, plan: Plan, point: Point, limit: float) -> None:
     }
     environment["PATH"] = os.pathsep.join((binaries, environment.get("PATH", "")))
     # A rank has as many cores at every size: two ranks are not to be slower for having half a machine each.
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // max(plan.ranks))))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores_given().count // max(plan.ranks))))
     command = ["horovodrun", "-np", str(point.ranks), sys.executable, "-m", "job.train", *_options(plan, point, folder)]
     point.command = f"OMP_NUM_THREADS={environment['OMP_NUM_THREADS']} {shlex.join(command)}"
     point.started = time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from shards import workers
 from shards.cli import InputError, Parser, few, printable, run, short
+from shards.cores import cores_given
 from shards.names import chosen_tars, missing_numbers, not_read
 from shards.progress import Progress
 from shards.split import (
@@ -524,7 +525,7 @@ def parser() -> Parser:
     p.add_argument("--label-key", default="", metavar="FIELD", help="the label is this field of the .json member")
     p.add_argument("--classes", metavar="FILE", help="names of the classes, one a line, that of label 0 first")
     p.add_argument("--skip-bad", action="store_true", help="leave out what is damaged or lacks image or label")
-    p.add_argument("--workers", type=int, default=workers.available_cores(), metavar="N", help="processes (all cores)")
+    p.add_argument("--workers", type=int, default=cores_given().count, metavar="N", help="processes (all cores)")
     return p
 
 

@@ -1,10 +1,22 @@
 /* Decodes a part of a baseline JPEG: a crop, as RGB, written where it is wanted.
  *
  * In: the bytes of a file and a rectangle of it. Out: its pixels, the same bit for bit as libjpeg-turbo's (accurate
- * integer inverse DCT, "fancy" upsampling). Whatever is unusual (progressive, restart markers, CMYK, 12 bits) or in the
- * least damaged is refused: the caller has a decoder for all of JPEG, which also says what is wrong. Of a damaged file
- * nothing is used, so it counts as damaged wherever its damage lies: all of the file is entropy-decoded; what is
- * outside the rectangle is spared the inverse DCT, the upsampling and the conversion of colours.
+ * integer inverse DCT, "fancy" upsampling). Whatever is unusual or in the least damaged is refused: the caller has a
+ * decoder for all of JPEG, which also says what is wrong. Of a damaged file nothing is used, so it counts as damaged
+ * wherever its damage lies: all of the file is entropy-decoded; what is outside the rectangle is spared the inverse DCT,
+ * the upsampling and the conversion of colours.
+ *
+ *                   accepted                                        refused
+ *   process         baseline, Huffman, one scan (SOF0)              progressive, lossless, arithmetic, several scans
+ *   samples         8 bits                                          12 bits, 16-bit quantisers
+ *   components      1 (grey), 3 (Y Cb Cr), numbered from 1          2, 4 (CMYK, YCCK), RGB, other numbers
+ *   sampling        4:4:4, 4:2:2 (2x1), 4:2:0 (2x2); grey: 1x1      4:4:0, 4:1:1, subsampled luma, others
+ *   size            16 x 16 to 65,535 x 65,535, as the caller says  smaller, another, height in DNL
+ *   tables          numbers 0 to 3; the last of a number counts     missing ones, codes that overflow or are all ones,
+ *                                                                   DC symbols above 15
+ *   markers         JFIF 1.x, Adobe with transform 1, APPn, COM     JFIF 2, Adobe of RGB or CMYK, DRI, RSTn, fill bytes
+ *   coded data      every MCU, padded to a byte, then EOI;          too short, too long, unknown codes, values beyond
+ *                   whatever follows EOI is ignored                 those an encoder writes (MOST below)
  *
  * Sources: ITU-T T.81 (the format: annex B; Huffman codes: annex C, F.2.2); Loeffler, Ligtenberg, Moschytz, "Practical
  * fast 1-D DCT algorithms with 11 multiplications" (1989); ITU-T T.871 (colours); Giesen, "Reading bits in far too many
@@ -25,6 +37,9 @@ enum { END_OF_BLOCK = 128, POSITIONS = 256 };
 /* Bytes that may be read behind the entropy-coded data: an MCU of damaged data takes 384 times 27 bits at most. And
  * bytes that vectors may write behind a row. */
 enum { BEHIND_DATA = 2048, BEHIND_ROW = 64 };
+
+/* Bits of the longest code, of the longest value after it (DC: 11, AC: 10), and of both. */
+enum { CODE_BITS = 16, VALUE_BITS = 11, SYMBOL_BITS = CODE_BITS + VALUE_BITS, REFILLED = 56 };
 
 typedef struct {
     int32_t look[CODES]; /* value << 16 | positions to go on << 8 | bits; 0: look for it the long way */
@@ -89,7 +104,11 @@ static int meaning(int symbol, int is_ac, int *value_bits, int *positions) {
  * of the block is BEYOND positions on, where no coefficient is. */
 enum { BEYOND = 31, ENDS = BEYOND << 11, ENDS_AT_ONCE = ENDS | BEYOND << 6 };
 /* Up to here in a block the first of two symbols does not end it, but by saying so. */
-enum { PAIRS_UNTIL = 48 };
+enum { PAIRS_UNTIL = 48, MOST_POSITIONS = 16 };
+_Static_assert(PAIRS_UNTIL - 1 + MOST_POSITIONS < 64, "the first of two symbols stays within the block");
+_Static_assert(LOOK < 64 && MOST_POSITIONS < (int)BEYOND && BEYOND < 32, "6 bits, 5 and 5: the fields of `pairs`");
+_Static_assert(PAIRS_UNTIL + 2 * BEYOND <= POSITIONS && 64 + END_OF_BLOCK <= POSITIONS, "NATURAL has all positions");
+_Static_assert(SYMBOL_BITS < 256 && END_OF_BLOCK < 256, "8 bits each: the fields of `look`");
 
 static void pair_up(Huffman *table) {
     for (uint32_t i = 0; i < CODES; i++) {
@@ -159,17 +178,19 @@ static int read_huffman(Huffman *table, const uint8_t *source, int size, int is_
 typedef struct {
     const uint8_t *at; /* next byte for `bits` */
     uint64_t bits;     /* the first bit is the highest */
-    int count;         /* bits that count, at least; after `refill` 56 or more */
+    int count;         /* bits that count, at least; after `refill` REFILLED or more */
 } Bits;
+_Static_assert(REFILLED <= 64 - 8 + 1 && SYMBOL_BITS <= REFILLED, "one refill is enough for one symbol");
 
 static inline __attribute__((always_inline)) void refill(Bits *b) {
     uint64_t word;
     memcpy(&word, b->at, 8);
     b->bits |= __builtin_bswap64(word) >> b->count;
     b->at += (63 - b->count) >> 3;
-    b->count |= 56;
+    b->count |= REFILLED;
 }
 
+_Static_assert(SYMBOL_BITS < 64, "a symbol's bits survive the mask of the shift");
 static inline __attribute__((always_inline)) void skip(Bits *b, int32_t entry) {
     b->bits <<= entry & 63; /* the shift instruction masks like this by itself: that saves one on the longest way */
     b->count -= entry & 255;
@@ -355,6 +376,7 @@ static inline __attribute__((always_inline)) int idct(const int16_t *block, cons
 }
 
 /* The same of a block without AC coefficients. */
+_Static_assert(4LL * 32768 * 255 + 16 <= INT32_MAX, "any coefficient times any quantiser");
 static inline __attribute__((always_inline)) int flat(int dc, uint8_t *out, int stride) {
     int pixel = ((4 * dc + 16) >> 5) + 128;
     pixel = pixel < 0 ? 0 : pixel > 255 ? 255 : pixel;
@@ -487,6 +509,7 @@ static ptrdiff_t unstuff(const uint8_t *p, const uint8_t *end, uint8_t *out) {
 
 /* A row of chroma at full width: columns first .. first + count - 1 of the plane, twice as many pixels. `near` is the
  * row in which the pixels lie, `far` the next nearest: T.871's centred samples, weighted 3 : 1 in both directions. */
+_Static_assert(4 * (3 * 255 + 255) + 8 <= INT16_MAX, "weighted sums of 16 samples fit");
 static void upsample_2x2(const uint8_t *near, const uint8_t *far, int columns, int first, int count, int16_t *sums,
                          uint8_t *out) {
     /* sums[1 + i] is that of column first + i; the edges are repeated. */
@@ -608,6 +631,7 @@ static int make_room(Decoder *d, size_t size, int mcu_columns, int mcu_rows, uin
 }
 
 /* Inverse transforms of the blocks that touch rows top .. bottom - 1 and columns left .. right - 1 of the image. */
+_Static_assert(8 + 6 * 64 * SYMBOL_BITS / 8 + 2 * 8 <= BEHIND_DATA, "an MCU that begins after the end, and two words");
 static int read_planes(Decoder *d, const uint8_t *data, ptrdiff_t size, int mcu_columns, int mcu_rows, int top,
                        int bottom, int left, int right) {
     Block blocks[6]; /* of one MCU; transformed after all are read, when the writes to them are over */

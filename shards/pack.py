@@ -131,9 +131,9 @@ def checked_options(arguments):
 def pack(arguments, options, comm) -> int:
     """Pack everything, as the only process or as rank 0 of `comm`."""
     from shards import sources
+    from shards.cores import cores_given
     from shards.pool import WorkerError, pack_all
     from shards.progress import Progress
-    from shards.workers import available_cores
     from shards.write import STATE, write_error
 
     released = comm is None  # whether the other ranks have got their jobs, or None
@@ -171,7 +171,7 @@ def pack(arguments, options, comm) -> int:
                         )
 
                 try:
-                    pack_all(light, tasks, arguments.workers or available_cores(), comm, progress.add, on_record)
+                    pack_all(light, tasks, arguments.workers or cores_given().count, comm, progress.add, on_record)
                 finally:
                     progress.close()
             try:

@@ -18,6 +18,8 @@ import time
 
 import numpy as np
 
+from shards.cores import cores_given
+
 HEIGHT, WIDTH, QUALITY = 375, 500, 95  # the usual photograph of ImageNet, at the high end of its qualities
 SIZE, STORED_QUALITY = 256, 90
 PHOTOS = 48  # different ones
@@ -65,7 +67,7 @@ def bench(as_json: bool) -> int:
         "resident_mebibytes": memory,
         "image_kilobytes": round(sum(map(len, photos)) / len(photos) / 1e3, 1),
         "rounds": runs,
-        "device": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
+        "device": f"{_processor()}, {cores_given().count} cores",
         "versions": _versions(),
     }
     print(json.dumps(report) if as_json else _text(report))

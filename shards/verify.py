@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from shards import remote, workers
 from shards.cli import EXIT_BAD_INPUT, InputError, Parser, few, run
+from shards.cores import cores_given
 from shards.index import (
     BadSample,
     LabelRule,
@@ -585,7 +586,7 @@ def parser() -> Parser:
     )
     p.add_argument("dest", metavar="DEST", help="folder or URL that holds <split>.json")
     p.add_argument("--split", nargs="+", default=[], metavar="NAME", help="these splits only (all)")
-    p.add_argument("--workers", type=int, default=workers.available_cores(), metavar="N", help="processes (all cores)")
+    p.add_argument("--workers", type=int, default=cores_given().count, metavar="N", help="processes (all cores)")
     p.add_argument("--no-decode", action="store_true", help="checksums, structure and labels only, at the disk's speed")
     p.add_argument(
         "--repair",

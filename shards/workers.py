@@ -3,22 +3,15 @@
 In: a function of a module, its tasks, a number of processes. Out: (number of the task, result) as they are done.
 """
 
-import ctypes
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
 from shards.cli import InputError
-
-_PR_SET_PDEATHSIG = 1  # prctl(2): the signal to get when the parent ends
-
-
-def available_cores() -> int:
-    """Cores that this process may use: what Slurm or a container's CPU set left to it."""
-    return len(os.sched_getaffinity(0))
 
 
 def run_tasks(function: Callable, tasks: Sequence, workers: int) -> Iterator[tuple[int, object]]:
@@ -32,7 +25,9 @@ def run_tasks(function: Callable, tasks: Sequence, workers: int) -> Iterator[tup
         for number, task in enumerate(tasks):
             yield number, function(task)
         return
-    pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(os.getpid(),))
+    # Not the start method of this Python or of the caller: fork starts all workers at once, before the pool watches
+    # them, and none has to import its modules again.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=_begin)
     try:
         numbers = {pool.submit(function, task): number for number, task in enumerate(tasks)}
         for future in as_completed(numbers):
@@ -49,9 +44,12 @@ def run_tasks(function: Callable, tasks: Sequence, workers: int) -> Iterator[tup
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(parent: int) -> None:
-    # A worker would otherwise wait for ever for its next task once its parent was killed.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends all at once, with no traceback from each
-    if os.getppid() != parent:
-        os._exit(1)
+    threading.Thread(target=_end_with_caller, daemon=True).start()
+
+
+def _end_with_caller() -> None:
+    # A worker would otherwise wait for ever for its next task once its caller was killed.
+    multiprocessing.parent_process().join()
+    os._exit(1)

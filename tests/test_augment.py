@@ -75,6 +75,7 @@ def kernel_agrees(device, bf16_tolerance=0.0):
 @pytest.mark.gpu
 def test_kernel_agrees_with_plain_way():
     kernel_agrees("cuda")
+    nothing_beyond_the_mean_image_is_read("cuda")
 
 
 def test_kernel_agrees_in_the_interpreter(monkeypatch):
@@ -84,6 +85,17 @@ def test_kernel_agrees_in_the_interpreter(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU to run it on")
     kernel_agrees("cpu", bf16_tolerance=2**-7)  # the interpreter cuts off where a GPU rounds
+    nothing_beyond_the_mean_image_is_read("cpu")
+
+
+def nothing_beyond_the_mean_image_is_read(device):
+    """A mean image of smaller images: the loss must show it."""
+    arguments, _ = case(3, 7, 9, 12, "image")
+    images, _, mirror, mean = (a.to(device) for a in arguments)
+    offsets = torch.tensor([[2, 5], [3, 0], [0, 6]], dtype=torch.int32, device=device)
+    found = prepare_triton(images, offsets, mirror, mean)
+    assert found.isnan().any(dim=(1, 2, 3)).tolist() == [False, True, True]
+    assert found.isnan().sum(dim=(1, 2, 3)).tolist() == [0, 7 * 3, 7 * 3]  # the last row, the last column
 
 
 def without_mean(images, offsets, mirror):

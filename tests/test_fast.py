@@ -26,9 +26,13 @@ def kernels(monkeypatch):
 
 
 def network(norm="after-pool", image_size=67, classes=7, width=0.25, dropout=0.0) -> AlexNet:
-    """A network whose biases are not all alike, so that an exchange of two would show. norm "batch": AlexNet-BN."""
-    batch = norm == "batch"
-    model = AlexNet(classes, image_size, "none" if batch else norm, dropout, width, batch).to(DEVICE).train()
+    """A network whose biases are not all alike, so that an exchange of two would show.
+
+    norm: the place of LRN; "batch" (AlexNet-BN) is batch normalisation without LRN, "batch after-pool" has both.
+    """
+    batch = norm.startswith("batch")
+    place = norm.removeprefix("batch").strip() or "none"
+    model = AlexNet(classes, image_size, place, dropout, width, batch).to(DEVICE).train()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -75,10 +79,12 @@ CASES = [
     ("before-pool", 70, 5, 0.1, 3),
     ("batch", 67, 8, 0.3, 7),
     ("batch", 83, 9, 0.25, 5),
+    ("batch after-pool", 67, 5, 0.2, 7),
+    ("batch before-pool", 75, 4, 0.2, 7),
 ]
 if CUDA:
     CASES += [("after-pool", 227, 5, 1.0, 1000), ("before-pool", 227, 33, 1.0, 1000), ("none", 131, 7, 1.0, 10)]
-    CASES += [("batch", 227, 16, 1.0, 1000)]
+    CASES += [(norm, 227, 16, 1.0, 1000) for norm in ("batch", "batch after-pool", "batch before-pool")]
 
 
 @pytest.mark.parametrize(("norm", "size", "n", "width", "classes"), CASES)
@@ -114,6 +120,16 @@ def test_the_input_as_blocks_holds_every_pixel_once():
     expected[:, :, : plain.shape[2], : plain.shape[3]] = plain
     blocks = expected.view(3, 3, side, 4, side, 4).permute(0, 2, 4, 3, 5, 1).reshape(fast.images.shape)
     assert torch.equal(fast.images, blocks)
+
+
+def test_a_crop_beyond_the_mean_image_is_not_a_number():
+    """The mean image of smaller images: nothing outside of it is read, and the loss shows it."""
+    model = network()
+    images, offsets, mirror, mean, labels = batch_for(model, 3)
+    offsets[:] = torch.tensor([[0, 0], [8, 3], [3, 8]])
+    smaller = mean[:70, :70].contiguous()
+    fast = run_fast(model, (images, offsets, mirror, smaller, labels), torch.float32, graphs=False)
+    assert fast.images.isnan().any(dim=(1, 2, 3)).tolist() == [False, True, True] and fast.loss.isnan()
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -2,8 +2,10 @@
 
 import io
 import os
+import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,6 +110,57 @@ def test_a_damaged_jpeg_is_refused_or_decodes_as_libjpeg_does(file, random):
         if got is not None:
             expected = whole(bytes(damaged))
             assert expected is not None and (got == expected[top : top + part[0], left : left + part[1]]).all()
+
+
+@pytest.fixture(scope="module")
+def fuzzer(tmp_path_factory) -> Path:
+    """tests/fuzz_jpeg.c, which contains the decoder, with the compiler's checks of memory and arithmetic."""
+    program = tmp_path_factory.mktemp("fuzz") / "fuzz"
+    flags = ["-O1", "-g", "-mavx2", "-mbmi2", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    source = "int main(void) { return 0; }"
+    command = ["cc", *flags, "-x", "c", "-", "-o", program]
+    trivial = subprocess.run(command, input=source, text=True, capture_output=True)
+    if trivial.returncode or subprocess.run([program], capture_output=True).returncode:
+        pytest.skip(f"no sanitizers here: {trivial.stderr}")
+    subprocess.run(["cc", *flags, "-o", program, ROOT / "tests" / "fuzz_jpeg.c"], check=True)
+    return program
+
+
+def fuzz(program: Path, folder: Path, seconds: float) -> tuple[int, int]:
+    """Mutate files of all kinds for so long. Files tried, and files accepted and found equal to libjpeg-turbo's."""
+    colours = ["4:2:0", "4:2:2", "4:4:4", "grey"]
+    for number in range(24):
+        kind = ["noise", "extremes", "tiles", "smooth"][number % 4]
+        pixels = picture(number, 16 + 5 * number, 140 - 5 * number, kind)
+        data = jpeg(pixels, colours[number // 4 % 4], quality=(5, 50, 90, 100)[number % 3], optimize=number % 2 == 1)
+        (folder / f"{number}.jpg").write_bytes(data)
+    out = folder / "accepted"
+    done = subprocess.run(
+        [program, "1", str(seconds), out, *sorted(folder.glob("*.jpg"))], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    accepted = 0
+    with open(out, "rb") as file:
+        while header := file.read(28):
+            size, top, left, height, width, _, _ = struct.unpack("7i", header)
+            data, pixels = file.read(size), file.read(3 * height * width)
+            expected = whole(data)
+            assert expected is not None
+            part = expected[top : top + height, left : left + width]
+            assert part.tobytes() == pixels
+            accepted += 1
+    return int(done.stdout), accepted
+
+
+def test_mutated_files_break_no_rule_of_c_and_decode_as_libjpeg_does(fuzzer, tmp_path):
+    tried, accepted = fuzz(fuzzer, tmp_path, 1.5)
+    assert tried > 50 and accepted > 0
+
+
+@pytest.mark.long
+def test_many_mutated_files_break_no_rule_of_c_and_decode_as_libjpeg_does(fuzzer, tmp_path):
+    tried, accepted = fuzz(fuzzer, tmp_path, 20)
+    assert tried > 1000 and accepted > 20
 
 
 @pytest.mark.parametrize("row", [0, 5, 63])

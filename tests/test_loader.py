@@ -181,22 +181,15 @@ def test_resume_gives_the_same_batches_bit_for_bit(split, workers):
         assert same(take(split, 60 - step, start_step=step, workers=workers), whole[step:])
 
 
-def two_seconds():
-    """Of a machine that does nothing else: as many times longer as there are processes that want a core."""
-    return 2 * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
-
-
-def seconds_to_first_batch(split, step, workers):
-    """The best of three."""
-    took = []
-    for _ in range(3):
+def seconds_to_first_batch(split, steps, workers):
+    """By step that is resumed at: the better of two, taken in turn, so that the machine is as busy for each."""
+    took = {step: [] for step in steps}
+    for step in [*steps] * 2:
         began = time.perf_counter()
         with make(split, crop=3, global_batch=256, start_step=step, workers=workers) as loader:
             assert next(loader).step == step
-            took.append(time.perf_counter() - began)
-        if took[-1] < 2:
-            break
-    return min(took)
+            took[step].append(time.perf_counter() - began)
+    return [min(times) for times in took.values()]
 
 
 @pytest.fixture(scope="module")
@@ -204,9 +197,9 @@ def small_split(tmp_path_factory):
     return write_split(tmp_path_factory.mktemp("small"), [1000] * 20, 4)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resume_in_two_seconds_at_the_end_of_an_epoch(small_split, workers):
-    assert seconds_to_first_batch(small_split, 20000 // 256 - 1, workers) < two_seconds()
+def test_resume_at_the_end_of_an_epoch_takes_no_longer_than_at_its_start(small_split):
+    start, end = seconds_to_first_batch(small_split, [0, 20000 // 256 - 1], 0)
+    assert end < 2 * start + 0.2
 
 
 def test_resume_reads_nothing_before_its_position(small_split, monkeypatch):
@@ -218,7 +211,7 @@ def test_resume_reads_nothing_before_its_position(small_split, monkeypatch):
     assert len(reads) == 256
 
 
-def test_resume_in_two_seconds_at_the_end_of_an_imagenet_epoch(tmp_path):
+def test_resume_at_the_end_of_an_imagenet_epoch_takes_no_longer_than_at_its_start(tmp_path):
     """1,000 shards of 1,281 samples: one of them under a thousand names."""
     one = write_split(tmp_path, [1281], 4)
     for number in range(1, 1000):
@@ -227,7 +220,8 @@ def test_resume_in_two_seconds_at_the_end_of_an_imagenet_epoch(tmp_path):
     shards = tuple(dataclasses.replace(one.shards[0], url=f"train-{number:06d}.tar") for number in range(1000))
     digest = save_column(str(tmp_path), "train.labels.npy", np.arange(1_281_000, dtype=np.int32))
     split = dataclasses.replace(one, shards=shards, labels_sha256=digest)
-    assert seconds_to_first_batch(split, 1_281_000 // 256 - 1, 2) < two_seconds()
+    start, end = seconds_to_first_batch(split, [0, 1_281_000 // 256 - 1], 2)
+    assert end < 2 * start + 0.2
 
 
 # Memory
@@ -278,19 +272,14 @@ def gone(processes, seconds=10):
 def test_workers_start_fast_and_without_torch_or_mpi(split, monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
     monkeypatch.setenv("PMIX_RANK", "0")
-    took = []
-    for _ in range(3):
-        began = time.perf_counter()
-        with make(split, workers=1) as loader:
-            next(loader)
-            took.append(time.perf_counter() - began)
-            (worker,) = children()
-            assert not {"OMPI_COMM_WORLD_RANK", "PMIX_RANK"} & set(worker.environ())
-            assert worker.environ()["OMP_NUM_THREADS"] == "1"
-            assert not [m.path for m in worker.memory_maps() if "torch" in m.path or "libmpi" in m.path]
-        if took[-1] < 2:
-            break
-    assert min(took) < two_seconds()
+    with make(split, workers=1) as loader:
+        next(loader)
+        (worker,) = children()
+        # Of its processor: on a busy machine the clock would measure the others.
+        assert sum(worker.cpu_times()[:2]) < 2
+        assert not {"OMPI_COMM_WORLD_RANK", "PMIX_RANK"} & set(worker.environ())
+        assert worker.environ()["OMP_NUM_THREADS"] == "1"
+        assert not [m.path for m in worker.memory_maps() if "torch" in m.path or "libmpi" in m.path]
 
 
 def test_close_ends_workers_at_once(split):
@@ -298,9 +287,7 @@ def test_close_ends_workers_at_once(split):
     next(loader)
     processes = children()
     assert len(processes) == 2
-    began = time.perf_counter()
     loader.close()
-    assert time.perf_counter() - began < two_seconds()
     assert gone(processes, 1)
     loader.close()  # twice does no harm
 
@@ -401,8 +388,9 @@ def test_slow_reader_shows_as_wait(split):
         (worker,) = children()
         worker.suspend()
         threading.Timer(0.7, worker.resume).start()
+        began = time.perf_counter()
         waits = [next(loader).wait_seconds for _ in range(20)]
-    assert 0.2 < max(waits) < 0.7 + two_seconds()
+    assert 0.2 < max(waits) <= sum(waits) < time.perf_counter() - began
     assert sorted(waits)[10] < 0.2
 
 

@@ -28,6 +28,7 @@ from tests.cluster import Cluster, namespaces_refused
 from tests.launch import ROOT, error_lines, python, run
 
 DATA = Path(__file__).parent / "data"
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 
 
 @dataclasses.dataclass
@@ -220,33 +221,31 @@ def test_predict_prints_sizes_with_intervals_and_assumptions(cluster, capsys, mo
     assert any("full-bisection" in line for line in made["assumptions"])
 
 
-def test_help_takes_less_than_a_second():
-    for command in ("run", "report", "predict"):
-        done = run(
-            "bash", "-c", f"time -p {shutil.which('python') or 'python3'} -X importtime -m job.scaling {command} --help"
-        )
-        assert done.returncode == 0
-        assert "numpy" not in done.stderr and "torch" not in done.stderr
-
-
 # ---- Running a study.
 
 
-def test_timers_cost_less_than_a_hundredth_of_the_fastest_step():
-    """512 images at 45,000 images/s are 11 ms."""
+@pytest.mark.parametrize(
+    "device, fastest",
+    [
+        ("cpu", 0.010),  # the demo's network at an eighth of its width, batch 4
+        pytest.param("cuda", 0.006, marks=[pytest.mark.gpu, needs_gpu]),  # 512 images at 84,000 images/s
+    ],
+)
+def test_timers_cost_less_than_a_hundredth_of_the_fastest_step(device, fastest):
+    """In time of this processor: on a busy machine the clock would measure the others."""
     from job.timing import COMPUTE, EXPOSED, UPDATE, StepTimer
 
-    timer = StepTimer(torch.device("cpu"))
+    timer = StepTimer(torch.device(device))
 
     def step() -> float:
-        began = time.perf_counter()
+        began = time.process_time()
         timer.start(0.0)
         for section in (COMPUTE, EXPOSED, UPDATE, EXPOSED):
             timer.mark(section)
         timer.end()
-        return time.perf_counter() - began
+        return time.process_time() - began
 
-    assert statistics.median(step() for _ in range(2000)) < 0.01 * 512 / 45_000
+    assert statistics.median(step() for _ in range(2000)) < 0.01 * fastest
     assert len(timer.rows) == 1000  # a long run does not fill the memory
 
 
