@@ -31,6 +31,7 @@ MIN_SHARDS = 16  # so that small data sets pack in parallel too, but not below
 MIN_IMAGES = 100  # images a shard
 SAMPLE = 64  # images packed for a try, to know how large they become
 TOO_MANY_BAD = 1000  # unreadable images beyond --max-bad at which packing stops: SOURCE is not what it seems
+SHOWN_ENDINGS = 5  # of files that are no images
 MEAN = "mean.npy"
 FORMAT = 1  # of the files in DEST/.pack; another one is not continued
 
@@ -277,8 +278,10 @@ def prepare(items, dest: str, arguments, options):
 def _check_classes(items, dest: str) -> None:
     """Splits packed into one DEST by several commands must number the classes alike."""
     for name in os.listdir(dest):
-        if name.endswith(".labels.npy") and name != f"{items.split}.labels.npy":
-            with open(os.path.join(dest, name.replace(".labels.npy", ".json")), encoding="utf-8") as file:
+        index = os.path.join(dest, name.replace(".labels.npy", ".json"))
+        # Without an index, packing that split was stopped before its end.
+        if name.endswith(".labels.npy") and name != f"{items.split}.labels.npy" and os.path.exists(index):
+            with open(index, encoding="utf-8") as file:
                 other = json.load(file)
             theirs, ours = other.get("wnids") or other.get("classes"), items.wnids or items.classes
             if list(theirs) != list(ours):
@@ -485,10 +488,15 @@ def _say(jobs, tasks, done: int) -> None:
         items = job.items
         print(f"{items.split}: {job.nsamples:,} images of {len(items.classes):,} classes for {job.nshards:,} shards")
         if items.left_out:
-            print(f"  note: {items.left_out:,} files are no images by their names")
+            most = sorted(items.left_out, key=items.left_out.get, reverse=True)[:SHOWN_ENDINGS]
+            kinds = ", ".join(f"{items.left_out[ending]:,} {ending}" for ending in most)
+            print(f"  note: {sum(items.left_out.values()):,} files are no images by their names: {kinds}")
         empty = len(items.classes) - len(np.unique(items.table["label"]))
         if empty:
-            print(f"  note: {empty:,} classes have no image")
+            print(
+                f"  note: {empty:,} classes have no image"
+                + ("" if 0 in items.table["label"] else "; labels count from 0")
+            )
     if done:
         print(f"carrying on: {done:,} images are packed already, {len(tasks):,} shards remain")
     sys.stdout.flush()

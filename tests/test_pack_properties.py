@@ -17,7 +17,6 @@ from PIL import Image
 
 from shards import images, pack, sources
 from shards.cli import InputError
-from shards.ilsvrc import Labels
 from shards.items import Reader
 from shards.mat import load_mat
 from shards.split import image_member, load_labels, load_split, read_idx
@@ -255,15 +254,6 @@ def test_damaged_meta_mat_is_an_input_error(data):
         load_mat(bytes(content[: data.draw(st.integers(0, len(content)))]), "meta.mat")
     except InputError as error:
         assert "meta.mat" in str(error)
-
-
-def test_label_file_names_with_dots_and_folders(tmp_path):
-    (tmp_path / "labels.txt").write_text("val/a.b.JPEG 3\nc 1 ignored\n")
-    labels = Labels(str(tmp_path / "labels.txt"))
-    numbers = {str(i): i for i in range(4)}
-    assert labels.label("a.b.JPEG", numbers) == 3 and labels.label("x/c.png", numbers) == 1
-    with pytest.raises(InputError, match="no label for d.png"):
-        labels.label("d.png", numbers)
 
 
 # ---- the item table ---------------------------------------------------------------------------------------------
