@@ -20,7 +20,8 @@ from shards.cli import InputError, Parser, run
 
 DESCRIPTION = """\
 Pack images into shuffled WebDataset shards, in parallel. SOURCE is one of
-  a folder with train/CLASS/* and val/CLASS/*, or CLASS/* alone; a flat val folder needs --labels
+  a folder with train/CLASS/* and val/CLASS/* (also Train, training_set, valid, test, ...), or CLASS/* alone;
+    images in no class folder need --labels, but for Tiny ImageNet's and Kaggle's copy of ImageNet
   a folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or one of the tars
   a folder with IDX files as MNIST has them (train-images-idx3-ubyte.gz, t10k-images-idx3-ubyte.gz and labels)
   a folder of WebDataset shards (<split>-000000.tar)
@@ -55,7 +56,7 @@ def parser() -> Parser:
     )
     p.add_argument("--quality", type=int, metavar="Q", help="of JPEG, 1 to 100 (default 90)")
     p.add_argument("--split", default="", metavar="NAME", help="name of the only split, or pack only this one")
-    p.add_argument("--labels", default="", metavar="FILE", help="devkit, or a text file of two columns: image, class")
+    p.add_argument("--labels", default="", metavar="FILE", help="devkit, or a table (.csv, .txt): image, class")
     p.add_argument("--shard-mb", type=float, metavar="MB", help=f"size of a shard, about (default {SHARD_MB})")
     p.add_argument("--shard-images", type=int, metavar="N", help="the same as a number of images")
     p.add_argument("--seed", type=int, default=0, help="of the shuffle (default 0)")
@@ -260,9 +261,10 @@ def prepare(items, dest: str, arguments, options):
                     f"{dest} holds split {items.split!r} packed with {what}; choose another DEST, or remove it"
                 )
         nshards = earlier["nshards"]
-    for name in os.listdir(job.state("")):
-        if name.endswith(".tmp") and name.startswith(f"{items.split}-"):
-            os.unlink(job.state(name))
+    for folder in (dest, job.state("")):  # left by a pack that was killed
+        for name in os.listdir(folder):
+            if name.endswith(".tmp") and name.startswith((f"{items.split}-", f"{items.split}.", MEAN, "bad.txt")):
+                os.unlink(os.path.join(folder, name))
     order = shuffled(len(items.table), arguments.seed, items.split)
     items = dataclasses.replace(items, table=items.table[order])
     if items.gzipped:
