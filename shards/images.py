@@ -5,6 +5,7 @@ A file that cannot be decoded, or is too large to be an honest photograph, raise
 """
 
 import io
+import re
 import warnings
 
 import numpy as np
@@ -17,6 +18,10 @@ MAX_PIXELS = 1 << 26
 
 # What Pillow may open. A closed list: its EPS plug-in starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
+
+# What libjpeg says of a JPEG that lacks pixels, which it then makes up, or holds bytes too many, which is what a wrong
+# bit leaves behind.
+_DAMAGE = re.compile(r"Premature end|Corrupt JPEG data: (?!bad ICC)|Inconsistent progression")
 
 FITS = ("crop", "squash", "none")
 ENCODINGS = ("jpeg", "raw", "copy")
@@ -71,19 +76,31 @@ def decode(data: bytes, at_least: int = 0, square: bool = False) -> np.ndarray:
             image = _decode_fast(data, height, width, square)
             if image is not None:
                 return image
-        if simplejpeg is not None and components != 4:  # Pillow knows Adobe's inverted CMYK and YCCK
-            try:
-                image = simplejpeg.decode_jpeg(
-                    data,
-                    colorspace="GRAY" if components == 1 else "RGB",
-                    min_height=-(-height // factor),
-                    min_width=-(-width // factor),
-                    min_factor=factor,
-                )
-                return image[:, :, 0] if components == 1 else image
-            except ValueError:
-                pass  # damaged, or only unusual (junk between markers): Pillow decides
+        # Pillow knows the colours of CMYK (Adobe's are inverted); here it is decoded in small, to see if it is whole.
+        least = (1, 1, 8) if components == 4 else (-(-height // factor), -(-width // factor), factor)
+        image = _decode_simplejpeg(data, {1: "GRAY", 4: "CMYK"}.get(components, "RGB"), *least)
+        if image is not None and components != 4:
+            return image[:, :, 0] if components == 1 else image
+    elif data[:3] == b"\xff\xd8\xff":  # damaged before the first pixel
+        _decode_simplejpeg(data, "RGB", 1, 1, 8)
     return _decode_pillow(data, at_least)
+
+
+def _decode_simplejpeg(data: bytes, colours: str, height: int, width: int, factor: int) -> np.ndarray | None:
+    """A JPEG by libjpeg-turbo, at most `factor` times smaller and at least `height` x `width`; None: not one for it.
+
+    Raises:
+        BadImage: it is damaged. Pillow would fill in what is missing without a word.
+    """
+    if simplejpeg is None:
+        return None
+    try:
+        return simplejpeg.decode_jpeg(data, colours, min_height=height, min_width=width, min_factor=factor)
+    except ValueError as error:
+        complaint = " ".join(str(error).split())
+        if _DAMAGE.match(complaint):
+            raise BadImage(f"cannot be decoded in full: {complaint}") from None
+        return None  # only unusual
 
 
 def _decode_fast(data: bytes, height: int, width: int, square: bool) -> np.ndarray | None:
@@ -144,11 +161,7 @@ def _decode_pillow(data: bytes, at_least: int) -> np.ndarray:
                 factor = _scale(min(image.size), at_least)
                 image.draft(None, (image.width // factor, image.height // factor))
             image.load()
-            if image.mode.startswith("I;16"):  # 16-bit grey PNG
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
-            if image.mode != mode:  # converting to the mode that it has would copy it
-                image = image.convert(mode)
+            image = _eight_bits(image)
             factor = _scale(min(image.size), at_least)
             # The box average that the DCT gives for JPEG: else a large PNG would take a GiB on its way through numpy.
             return np.array(image.reduce(factor) if factor > 1 else image)
@@ -156,6 +169,29 @@ def _decode_pillow(data: bytes, at_least: int) -> np.ndarray:
         raise
     except Exception as error:  # Pillow's plug-ins raise nearly every kind of exception for damaged files
         raise BadImage(_why(error)) from None
+
+
+def _eight_bits(image):
+    """A Pillow image of any mode as L or RGB.
+
+    Raises:
+        BadImage: the file does not say how dark and how bright its numbers can be.
+    """
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        bits, white = 16, 1
+        if image.format == "TIFF":  # tags BitsPerSample and PhotometricInterpretation (0: white is zero)
+            bits, white = image.tag_v2.get(258, (16,))[0], image.tag_v2.get(262, 1)
+        values = np.minimum(np.asarray(image) >> (bits - 8), 255).astype(np.uint8)
+        return Image.fromarray(values if white else 255 - values)
+    if image.mode in ("I", "F"):
+        kind = "real numbers" if image.mode == "F" else "32 bits or signed numbers"
+        raise BadImage(f"its pixels are {kind}, whose range the file does not say; convert it to 8 or 16 bits")
+    if image.mode == "La":
+        image = image.convert("LA")
+    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    return image if image.mode == mode else image.convert(mode)  # converting to the mode that it has would copy it
 
 
 def _why(error: Exception) -> str:

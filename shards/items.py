@@ -36,7 +36,7 @@ class Items:
     pixels: tuple[int, ...] | None = None  # (height, width) or (height, width, 3) of bare pixels; None: image files
     mean: str = ""  # file of the mean image, where it is known already
     gzipped: bool = False  # files[0] must be unpacked before images can be read from it
-    left_out: int = 0  # files that are not images by their name
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)  # numbers of other files, by their endings
 
     def name(self, row: int) -> str:
         """Name of an image in its source, for messages."""

@@ -11,17 +11,8 @@ import re
 from collections.abc import Iterable
 
 from shards.cli import InputError, few
+from shards.spellings import split_word
 from shards.split import is_remote
-
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-}
 
 
 def natural(path: str) -> list:
@@ -40,7 +31,7 @@ def find_tars(paths: Iterable[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     origin: dict[str, str] = {}
     for (folder, prefix), tars in groups.items():
-        name = _split_word(prefix) or _split_word(folder.rpartition("/")[2]) or folder.rpartition("/")[2] or prefix
+        name = split_word(prefix) or split_word(folder.rpartition("/")[2]) or folder.rpartition("/")[2] or prefix
         if not name:
             raise InputError(f"{tars[0]}: its name does not tell the split; say it with --splits 'train=*.tar'")
         if name in found:
@@ -50,11 +41,6 @@ def find_tars(paths: Iterable[str]) -> dict[str, list[str]]:
             )
         found[name], origin[name] = tars, tars[0]
     return found
-
-
-def _split_word(text: str) -> str:
-    words = [_SPLIT_WORDS[w] for w in re.split(r"[-_. 0-9]+", text.lower()) if w in _SPLIT_WORDS]
-    return words[-1] if words else ""
 
 
 def list_tars(folder: str) -> list[str]:

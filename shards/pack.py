@@ -20,7 +20,8 @@ from shards.cli import InputError, Parser, run
 
 DESCRIPTION = """\
 Pack images into shuffled WebDataset shards, in parallel. SOURCE is one of
-  a folder with train/CLASS/* and val/CLASS/*, or CLASS/* alone; a flat val folder needs --labels
+  a folder with train/CLASS/* and val/CLASS/* (also Train, training_set, valid, test, ...), or CLASS/* alone;
+    images in no class folder need --labels, but for Tiny ImageNet's and Kaggle's copy of ImageNet
   a folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or one of the tars
   a folder with IDX files as MNIST has them (train-images-idx3-ubyte.gz, t10k-images-idx3-ubyte.gz and labels)
   a folder of WebDataset shards (<split>-000000.tar)
@@ -31,6 +32,7 @@ MIN_SHARDS = 16  # so that small data sets pack in parallel too, but not below
 MIN_IMAGES = 100  # images a shard
 SAMPLE = 64  # images packed for a try, to know how large they become
 TOO_MANY_BAD = 1000  # unreadable images beyond --max-bad at which packing stops: SOURCE is not what it seems
+SHOWN_ENDINGS = 5  # of files that are no images
 MEAN = "mean.npy"
 FORMAT = 1  # of the files in DEST/.pack; another one is not continued
 
@@ -54,7 +56,7 @@ def parser() -> Parser:
     )
     p.add_argument("--quality", type=int, metavar="Q", help="of JPEG, 1 to 100 (default 90)")
     p.add_argument("--split", default="", metavar="NAME", help="name of the only split, or pack only this one")
-    p.add_argument("--labels", default="", metavar="FILE", help="devkit, or a text file of two columns: image, class")
+    p.add_argument("--labels", default="", metavar="FILE", help="devkit, or a table (.csv, .txt): image, class")
     p.add_argument("--shard-mb", type=float, metavar="MB", help=f"size of a shard, about (default {SHARD_MB})")
     p.add_argument("--shard-images", type=int, metavar="N", help="the same as a number of images")
     p.add_argument("--seed", type=int, default=0, help="of the shuffle (default 0)")
@@ -259,9 +261,10 @@ def prepare(items, dest: str, arguments, options):
                     f"{dest} holds split {items.split!r} packed with {what}; choose another DEST, or remove it"
                 )
         nshards = earlier["nshards"]
-    for name in os.listdir(job.state("")):
-        if name.endswith(".tmp") and name.startswith(f"{items.split}-"):
-            os.unlink(job.state(name))
+    for folder in (dest, job.state("")):  # left by a pack that was killed
+        for name in os.listdir(folder):
+            if name.endswith(".tmp") and name.startswith((f"{items.split}-", f"{items.split}.", MEAN, "bad.txt")):
+                os.unlink(os.path.join(folder, name))
     order = shuffled(len(items.table), arguments.seed, items.split)
     items = dataclasses.replace(items, table=items.table[order])
     if items.gzipped:
@@ -277,8 +280,10 @@ def prepare(items, dest: str, arguments, options):
 def _check_classes(items, dest: str) -> None:
     """Splits packed into one DEST by several commands must number the classes alike."""
     for name in os.listdir(dest):
-        if name.endswith(".labels.npy") and name != f"{items.split}.labels.npy":
-            with open(os.path.join(dest, name.replace(".labels.npy", ".json")), encoding="utf-8") as file:
+        index = os.path.join(dest, name.replace(".labels.npy", ".json"))
+        # Without an index, packing that split was stopped before its end.
+        if name.endswith(".labels.npy") and name != f"{items.split}.labels.npy" and os.path.exists(index):
+            with open(index, encoding="utf-8") as file:
                 other = json.load(file)
             theirs, ours = other.get("wnids") or other.get("classes"), items.wnids or items.classes
             if list(theirs) != list(ours):
@@ -485,10 +490,15 @@ def _say(jobs, tasks, done: int) -> None:
         items = job.items
         print(f"{items.split}: {job.nsamples:,} images of {len(items.classes):,} classes for {job.nshards:,} shards")
         if items.left_out:
-            print(f"  note: {items.left_out:,} files are no images by their names")
+            most = sorted(items.left_out, key=items.left_out.get, reverse=True)[:SHOWN_ENDINGS]
+            kinds = ", ".join(f"{items.left_out[ending]:,} {ending}" for ending in most)
+            print(f"  note: {sum(items.left_out.values()):,} files are no images by their names: {kinds}")
         empty = len(items.classes) - len(np.unique(items.table["label"]))
         if empty:
-            print(f"  note: {empty:,} classes have no image")
+            print(
+                f"  note: {empty:,} classes have no image"
+                + ("" if 0 in items.table["label"] else "; labels count from 0")
+            )
     if done:
         print(f"carrying on: {done:,} images are packed already, {len(tasks):,} shards remain")
     sys.stdout.flush()

@@ -34,7 +34,7 @@ def bench(as_json: bool) -> int:
     """Run all measurements and print them."""
     with tempfile.TemporaryDirectory(prefix="pack-bench-") as folder:
         photos = make_photos()
-        source = os.path.join(folder, "source", "train", "photos")
+        source = os.path.join(folder, "source", "train", "class")
         os.makedirs(source)
         for number in range(PHOTOS * COPIES):
             with open(os.path.join(source, f"{number:05}.jpg"), "wb") as file:

@@ -4,7 +4,6 @@ In: a path. Out: one `Items` a split, in an order that depends on the names alon
 the same images are packed to the same bytes. Nothing is unpacked here, and of an archive only headers are read.
 """
 
-import concurrent.futures
 import gzip
 import os
 import struct
@@ -12,25 +11,21 @@ import zlib
 
 import numpy as np
 
-from shards import ilsvrc, tar
+from shards import ilsvrc
 from shards.cli import InputError
+from shards.folders import find_in_folders, holds_classes, only_folder, split_folders
 from shards.items import Items, Rows
+from shards.spellings import is_filler, is_stray
 from shards.split import image_member, is_remote, load_labels, load_split, read_idx
 
-# Files with other endings in a class folder are left out, and counted.
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
-
-SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val"}
-KAGGLE_FOLDER = "ILSVRC/Data/CLS-LOC"  # where Kaggle's copy of ImageNet keeps train and val
 _IDX_PARTS = {"train": "train", "t10k": "val"}
-_SCAN_THREADS = 16  # header reads wait for the disk or the network, not for the processor
 
 
 def find(source: str, split: str = "", labels: str = "") -> list[Items]:
     """Everything in `source` that can be packed, the train split first.
 
     `split`: name for a source that holds one split, or the only one to be packed of a source that holds several.
-    `labels`: labels of images that lie in no class folder (see ilsvrc.Labels).
+    `labels`: labels of images that lie in no class folder (see shards.labels).
 
     Raises:
         InputError: nothing to pack in it, unreadable, or labels missing.
@@ -41,7 +36,7 @@ def find(source: str, split: str = "", labels: str = "") -> list[Items]:
         if os.path.isdir(source):
             found = _find_in_folder(source.rstrip("/") or "/", split, labels)
         else:
-            found = _ilsvrc([source], split, labels)
+            found = ilsvrc.read_archives({split: source}, labels)
     except PermissionError as error:
         raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
     except OSError as error:
@@ -62,15 +57,21 @@ def find(source: str, split: str = "", labels: str = "") -> list[Items]:
 
 def _find_in_folder(source: str, split: str, labels: str) -> list[Items]:
     names = set(os.listdir(source))
-    folders = [name for name in SPLIT_FOLDERS if os.path.isdir(os.path.join(source, name))]
-    archives = [os.path.join(source, name) for name in ilsvrc.ARCHIVES if name in names]
-    if len(archives) == 1 and folders:
+    archives = ilsvrc.find_archives(source)
+    folders = split_folders(source, labels)
+    unpacked = set(folders) & {"train", "val"}
+    if archives and not unpacked <= set(archives) and not set(archives) < unpacked:
         raise InputError(
-            f"{source} holds both {os.path.basename(archives[0])} and the folder {folders[0]}; pack them one by one "
-            f"into the same DEST: {archives[0]}, then {source}/{folders[0]} with --split"
+            f"{source} holds both {os.path.basename(min(archives.values()))} and the folder "
+            f"{folders[min(unpacked)][0]}; pack them one by one into the same DEST, the folder with --split"
         )
-    if archives:
-        return _ilsvrc(archives, split, labels)
+    if archives and unpacked:
+        beside = ("folders", "archives") if set(archives) < unpacked else ("archives", "folders")
+        print(f"note: the {beside[0]} in {source} are packed, the {beside[1]} beside them not")
+    if archives and not set(archives) < unpacked:
+        if split and len(archives) == 1:
+            archives = {split: next(iter(archives.values()))}
+        return ilsvrc.read_archives(archives, labels)
     idx = [prefix for prefix in _IDX_PARTS if _idx_file(source, f"{prefix}-images", 3)]
     shards = any(name.endswith(".labels.npy") for name in names)
     if labels and (idx or shards):
@@ -81,107 +82,33 @@ def _find_in_folder(source: str, split: str, labels: str) -> list[Items]:
         return _webdataset(source, sorted(names))
     if not folders and any(name.endswith(".tar") for name in names):
         raise InputError(f"the shards in {source} have no index; make it with python -m shards.index {source}")
-    kaggle = os.path.join(source, KAGGLE_FOLDER)
-    if os.path.isdir(kaggle):
-        return _folders(kaggle, split, labels or ilsvrc.find_labels(source), ilsvrc.synset_words(source))
-    return _folders(source, split, labels, ilsvrc.synset_words(source))
+    inner = next((path for f in ilsvrc.KAGGLE_FOLDERS if os.path.isdir(path := os.path.join(source, f))), "")
+    if not inner and not folders:
+        inner = _wrapped(source)
+    if inner:
+        print(f"note: packing {inner}")
+        return _find_in_folder(inner, split, labels)
+    return find_in_folders(source, split, labels)
 
 
-# ---- class folders ----------------------------------------------------------------------------------------------
-
-
-def _folders(source: str, split: str, labels: str, words: dict[str, str]) -> list[Items]:
-    """SOURCE/train/CLASS/*, SOURCE/val/CLASS/* or SOURCE/CLASS/*; a split without class folders needs labels."""
-    roots = {}
-    for name, known in SPLIT_FOLDERS.items():
-        if os.path.isdir(os.path.join(source, name)):
-            if known in roots:
-                raise InputError(f"{source} holds both {roots[known]} and {name}; pack one with --split and its path")
-            roots[known] = name
-    listed = {}
-    for name, root in roots.items() or ((split or "train", ""),):
-        if not split or name == split or not roots:
-            listed[name] = (os.path.join(source, root).rstrip("/"), *_list_classes(os.path.join(source, root)))
-    if not listed:
-        raise InputError(f"{source} holds no split {split!r}, but {', '.join(roots)}")
-    classes = _class_order(source, listed)
-    words = words or (ilsvrc.Labels(labels).words if labels else {})
-    found = []
-    for name, (root, folders, flat, left_out) in listed.items():
-        rows = Rows()
-        if folders:
-            for folder, files in folders.items():
-                label = classes.index(folder)
-                for file in files:
-                    rows.add(f"{folder}/{file}", label)
-            found.append((name, root, rows, left_out + len(flat)))
-        else:
-            if not labels:
-                raise InputError(f"{root} holds images but no class folders; give their labels with --labels FILE")
-            known = ilsvrc.Labels(labels)
-            classes = classes or known.classes()
-            numbers = {name: i for i, name in enumerate(classes)}
-            for label, file in sorted((known.label(file, numbers), file) for file in flat):
-                rows.add(file, label)
-            found.append((name, root, rows, left_out))
-    wnids = tuple(classes) if ilsvrc.are_wnids(classes) else ()
-    named = [words.get(name, name) for name in classes]
-    return [rows.items(name, [root], named, wnids=wnids, left_out=out) for name, root, rows, out in found]
-
-
-def _list_classes(root: str) -> tuple[dict[str, list[str]], list[str], int]:
-    """Images by class folder, images in no folder, and how many other files there are. All sorted."""
-    folders: dict[str, list[str]] = {}
-    flat: list[str] = []
-    left_out = 0
-    for entry in _scan_folder(root):
-        if entry.is_dir():
-            files, others = _list_images(entry.path)
-            folders[entry.name] = files
-            left_out += others
-        elif entry.name.lower().endswith(IMAGE_ENDINGS):
-            flat.append(entry.name)
-        else:
-            left_out += 1
-    if not any(folders.values()):
-        folders = {}
-    if not folders and not flat:
-        raise InputError(
-            f"nothing to pack in {root}: neither class folders with images, nor IDX files, nor the ILSVRC2012 "
-            "archives, nor shards with an index (python -m shards.index makes it)"
-        )
-    return folders, flat, left_out
-
-
-def _list_images(folder: str) -> tuple[list[str], int]:
-    """Paths of images below a folder, relative to it, sorted; and the number of other files."""
-    files, left_out = [], 0
-    for entry in _scan_folder(folder):
-        if entry.is_dir(follow_symlinks=False):
-            below, others = _list_images(entry.path)
-            files += [f"{entry.name}/{name}" for name in below]
-            left_out += others
-        elif entry.name.lower().endswith(IMAGE_ENDINGS):
-            files.append(entry.name)
-        else:
-            left_out += 1
-    return sorted(files, key=os.fsencode), left_out
-
-
-def _scan_folder(folder: str) -> list[os.DirEntry]:
-    """Entries that are not hidden, sorted by the bytes of their names, in which WordNet ids are in order too."""
-    with os.scandir(folder) as entries:
-        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: os.fsencode(e.name))
-
-
-def _class_order(source: str, listed: dict) -> list[str]:
-    """Class folders sorted by name: those of the train split, which a validation split must not exceed."""
-    classes = sorted(next(iter(listed.values()))[1], key=os.fsencode)
-    for root, folders, *_ in listed.values():
-        strange = sorted(set(folders) - set(classes)) if classes else []
-        if strange:
-            raise InputError(f"class {strange[0]} of {root} is not among the classes of {source}/{next(iter(listed))}")
-    return classes
+def _wrapped(source: str, inner: bool = False) -> str:
+    """The folder to pack in one that holds only that, as SOURCE/dataset/train/..., or an empty string."""
+    with os.scandir(source) as entries:
+        folders = [entry.path for entry in entries if entry.is_dir() and not is_stray(entry.name)]
+    folder = only_folder(source) or (folders[0] if len(folders) == 1 else "")
+    if not folder:
+        return ""
+    names = os.listdir(folder)
+    known = (
+        split_folders(folder)
+        or ilsvrc.find_archives(folder)
+        or any(_idx_file(folder, f"{prefix}-images", 3) for prefix in _IDX_PARTS)
+        or any(name.endswith(".labels.npy") for name in names)
+        or any(os.path.isdir(os.path.join(folder, f)) for f in ilsvrc.KAGGLE_FOLDERS)
+        or holds_classes(folder)
+        or (is_filler(os.path.basename(folder)) and not inner)
+    )
+    return folder if known else _wrapped(folder, inner=True)
 
 
 # ---- IDX: MNIST, Fashion-MNIST, EMNIST --------------------------------------------------------------------------
@@ -276,84 +203,6 @@ def _class_names(source: str, count: int) -> list[str]:
     if len(names) < count:
         raise InputError(f"{path} names {len(names)} classes, the data has labels up to {count - 1}")
     return names
-
-
-# ---- ILSVRC archives --------------------------------------------------------------------------------------------
-
-
-def _ilsvrc(archives: list[str], split: str, labels: str) -> list[Items]:
-    """The archives as ImageNet distributes them: train is a tar of class tars, val a tar of images."""
-    folder = os.path.dirname(archives[0])
-    if not labels:
-        labels = ilsvrc.find_labels(folder)
-    known = ilsvrc.Labels(labels) if labels else None
-    words = ilsvrc.synset_words(folder) or (known.words if known else {})
-    found = []
-    train_classes: list[str] = []
-    for archive in archives:
-        if not archive.endswith(".tar"):
-            raise InputError(f"{archive} is neither a folder nor a .tar archive")
-        members = _tar_members(archive)
-        rows = Rows()
-        if members and members[0].name.endswith(".tar"):
-            classes = train_classes = _class_tars(archive, members, rows)
-            name = split if split and len(archives) == 1 else "train"
-        else:
-            if known is None:
-                raise InputError(
-                    f"{archive} holds images without classes: give their labels with --labels "
-                    "ILSVRC2012_devkit_t12.tar.gz or a text file of two columns, name and class"
-                )
-            classes = train_classes or known.classes()
-            images = [m for m in members if m.name.lower().endswith(IMAGE_ENDINGS)]
-            numbers = {name: i for i, name in enumerate(classes)}
-            for label, m in sorted(((known.label(m.name, numbers), m) for m in images), key=_by_label_and_name):
-                rows.add(m.name, label, 0, m.offset, m.size)
-            name = split if split and len(archives) == 1 else "val"
-        wnids = tuple(classes) if ilsvrc.are_wnids(classes) else ()
-        found.append(rows.items(name, [archive], [words.get(c, c) for c in classes], wnids=wnids))
-    return found
-
-
-def _by_label_and_name(row: tuple) -> tuple[int, str]:
-    label, member = row
-    return label, os.path.basename(member.name)
-
-
-def _tar_members(path: str) -> list:
-    """Members of one of the archives. It must end as tar ends it: a download may stop between two members."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        try:
-            members = list(tar.members(tar.file_read(file), size))
-        except tar.TarError as error:
-            raise InputError(f"{path} is not a whole tar: {error}") from None
-        last = members[-1] if members else None
-        end = last.offset + (last.size + tar.BLOCK - 1) // tar.BLOCK * tar.BLOCK if last else 0
-        if os.pread(file.fileno(), tar.BLOCK, end) != bytes(tar.BLOCK):
-            raise InputError(f"{path} is not a whole tar: it ends after {len(members)} files without an end mark")
-    return members
-
-
-def _class_tars(archive: str, members: list, rows: Rows) -> list[str]:
-    """Index the class tars inside an archive where they lie: a read of each header, none of the images."""
-    tars = sorted((m for m in members if m.name.endswith(".tar")), key=lambda m: os.fsencode(m.name))
-    classes = [os.path.basename(m.name).removesuffix(".tar") for m in tars]
-
-    def scan(inner) -> list:
-        with open(archive, "rb") as file:
-            try:
-                listed = list(tar.members(tar.file_read(file), inner.offset + inner.size, inner.offset))
-            except tar.TarError as error:
-                raise InputError(f"{inner.name} in {archive} is not a whole tar: {error}") from None
-        listed = [m for m in listed if m.name.lower().endswith(IMAGE_ENDINGS)]
-        return sorted(listed, key=lambda m: os.fsencode(m.name))
-
-    with concurrent.futures.ThreadPoolExecutor(_SCAN_THREADS) as pool:
-        for label, images in enumerate(pool.map(scan, tars)):
-            for m in images:
-                rows.add(f"{classes[label]}/{m.name}", label, 0, m.offset, m.size)
-    return classes
 
 
 # ---- WebDataset shards ------------------------------------------------------------------------------------------

@@ -625,8 +625,8 @@ def test_labels_that_do_not_fit_the_images(archives, tmp_path):
     labels = tmp_path / "labels.txt"
     for text, reason in (
         ("a.JPEG n00000001\n", "no label for ILSVRC2012_val_00000001.JPEG"),
-        ("oneword\n", "holds no labels"),
-        ("", "holds no labels"),
+        ("oneword\n", "the first is 'oneword'"),
+        ("", "it is empty"),
     ):
         labels.write_text(text)
         with pytest.raises(InputError, match=reason):

@@ -5,8 +5,10 @@ import collections
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
+import sys
 import tempfile
 
 import numpy as np
@@ -17,7 +19,6 @@ from PIL import Image
 
 from shards import images, pack, sources
 from shards.cli import InputError
-from shards.ilsvrc import Labels
 from shards.items import Reader
 from shards.mat import load_mat
 from shards.split import image_member, load_labels, load_split, read_idx
@@ -171,6 +172,54 @@ def test_shuffle_is_the_same_on_every_machine():
     assert pack.shuffled(10, 7, "train").tolist() == [8, 5, 1, 7, 9, 2, 6, 3, 0, 4]
 
 
+def _die_at(operation: int, source: str, dest: str) -> bool:
+    """Pack in a process that is killed before it makes its n-th change to a file or folder; whether it was."""
+    child = os.fork()
+    if not child:
+        count = itertools.count()
+
+        def counted(change):
+            def wrapper(*arguments, **more):
+                if next(count) == operation:
+                    os._exit(99)
+                return change(*arguments, **more)
+
+            return wrapper
+
+        for name in ("replace", "unlink", "fsync", "makedirs"):
+            setattr(os, name, counted(getattr(os, name)))
+        sys.stdout = open(os.devnull, "w")
+        os._exit(pack.main([source, dest, *KILL_OPTIONS]))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 99
+
+
+KILL_OPTIONS = "--encoding raw --resize 0 --shard-images 2 --workers 1".split()
+
+
+def test_killed_before_any_change_to_a_file_the_same_command_carries_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a killed process, not a machine without power
+    for split, count in (("train", 3), ("val", 2)):
+        for number in range(count):
+            path = tmp_path / "source" / split / f"class{number % 2}" / f"{number}.ppm"
+            imagenet40._write(str(path), f"P6 4 4 255\n{split}{number}".encode().ljust(60, b"."))
+    source = str(tmp_path / "source")
+    assert pack.main([source, str(tmp_path / "whole"), *KILL_OPTIONS]) == 0
+    whole = digests(str(tmp_path / "whole"))
+    for operation in itertools.count():
+        dest = str(tmp_path / f"killed{operation}")
+        killed = _die_at(operation, source, dest)
+        if killed and operation % 2:  # the other split alone, then both
+            assert pack.main([source, dest, *KILL_OPTIONS, "--split", "val"]) == 0, operation
+        assert pack.main([source, dest, *KILL_OPTIONS]) == 0, operation
+        found = digests(dest)
+        if killed and operation % 2:  # it was finished before there was a mean image to name
+            found["val.json"] = whole["val.json"]
+        assert found == whole and not glob.glob(f"{dest}/**/*.tmp", recursive=True), operation
+        if not killed:
+            break
+    assert operation > 50
+
+
 # ---- images -----------------------------------------------------------------------------------------------------
 
 
@@ -255,15 +304,6 @@ def test_damaged_meta_mat_is_an_input_error(data):
         load_mat(bytes(content[: data.draw(st.integers(0, len(content)))]), "meta.mat")
     except InputError as error:
         assert "meta.mat" in str(error)
-
-
-def test_label_file_names_with_dots_and_folders(tmp_path):
-    (tmp_path / "labels.txt").write_text("val/a.b.JPEG 3\nc 1 ignored\n")
-    labels = Labels(str(tmp_path / "labels.txt"))
-    numbers = {str(i): i for i in range(4)}
-    assert labels.label("a.b.JPEG", numbers) == 3 and labels.label("x/c.png", numbers) == 1
-    with pytest.raises(InputError, match="no label for d.png"):
-        labels.label("d.png", numbers)
 
 
 # ---- the item table ---------------------------------------------------------------------------------------------
