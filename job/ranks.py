@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from shards.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, InputError, drop_output, launched_rank
 from shards.cores import cores_given
+from shards.progress import on_terminal
 
 try:
     import horovod.torch as hvd
@@ -134,8 +135,9 @@ class StopSignals:
     def _answer(number: int, text: str) -> None:
         # A launcher sends SIGTERM also when another rank has failed, and that one is to be heard.
         if launched_rank() == 0 and not (heartbeat.LAUNCHED and number == signal.SIGTERM):
+            start = "\r\033[K" if on_terminal(sys.stderr) else ""  # over the line of progress, and the ^C
             with contextlib.suppress(OSError):
-                os.write(sys.stderr.fileno(), f"\n{text}\n".encode())
+                os.write(sys.stderr.fileno(), f"{start}{text}\n".encode())
 
 
 @functools.cache

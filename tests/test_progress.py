@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -132,3 +133,36 @@ def test_training_goes_on_when_nobody_reads_its_output(tmp_path, monkeypatch):
         log.say("a")
         log.progress("b")
         log.close()
+
+
+def test_requests_to_stop_are_answered_at_once_and_a_second_one_ends(monkeypatch, capfd):
+    from job import heartbeat, ranks
+
+    left, ended = [], threading.Event()
+
+    class Signals(ranks.StopSignals):
+        SAME_REQUEST_SECONDS = -1.0
+
+    def leave(code):
+        left.append(code)
+        ended.set()
+
+    monkeypatch.setattr(ranks, "leave", leave)
+    monkeypatch.setattr(ranks, "launched_rank", lambda: 0)
+    monkeypatch.setattr(heartbeat, "LAUNCHED", False)
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop = Signals()
+        stop.orderly = True
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended.wait(20) and left == [130] and stop.requested == "SIGUSR1"
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    said = capfd.readouterr().err.splitlines()
+    assert said == [
+        "SIGUSR1: stopping after this step, with a checkpoint; a second request ends at once",
+        "SIGINT: ending at once",
+    ]
