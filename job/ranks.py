@@ -135,7 +135,7 @@ class StopSignals:
     def _answer(number: int, text: str) -> None:
         # A launcher sends SIGTERM also when another rank has failed, and that one is to be heard.
         if launched_rank() == 0 and not (heartbeat.LAUNCHED and number == signal.SIGTERM):
-            start = "\r\033[K" if on_terminal(sys.stderr) else ""  # over the line of progress, and the ^C
+            start = "\r\033[K" if on_terminal(sys.stdout) else ""  # over the line of progress, and the ^C
             with contextlib.suppress(OSError):
                 os.write(sys.stderr.fileno(), f"{start}{text}\n".encode())
 

@@ -143,6 +143,7 @@ def train(config: settings.Config, memory) -> None:
         """
         nonlocal validation, best
         started = time.perf_counter()
+        log.line.clear()
         strategy.equalise()
         found = validate(model, val_loader, mean, device, config.precision, lambda: bool(stop.requested))
         seconds["validation"] += time.perf_counter() - started

@@ -86,8 +86,10 @@ def test_a_rank_shows_a_line_that_is_rewritten_only_where_horovodrun_has_a_termi
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert progress.on_terminal(Terminal()) is seen
-    assert progress.on_terminal(io.StringIO()) is (seen and bool(environment))
+    stdout = Terminal()
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert progress.on_terminal(stdout) is seen
+    assert progress.on_terminal(Terminal()) is (not environment)  # a rank's stderr is held back until a line ends
 
 
 def test_a_line_is_not_longer_than_the_terminal(clock, monkeypatch):
