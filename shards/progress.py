@@ -15,8 +15,8 @@ BAR_SECONDS = 0.2  # between two states of the line on a terminal
 
 def on_terminal(stream: TextIO) -> bool:
     """Whether somebody watches `stream`. A rank writes to its launcher: horovodrun says where that writes to, others
-    do not (mpirun gives ranks a pseudo-terminal even when its own output is a file). On stderr mpirun holds back what a rank
-    writes until the line ends, so that no line can be rewritten there."""
+    do not (mpirun gives ranks a pseudo-terminal even when its own output is a file). On stderr mpirun holds
+    back what a rank writes until the line ends, so that no line can be rewritten there."""
     if any(name in os.environ for name in ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK")):
         return stream is sys.stdout and os.environ.get("HOROVOD_TERMINAL") == "1"
     return stream.isatty()
