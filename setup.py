@@ -14,7 +14,6 @@ REQUIRES = [
     "webdataset>=0.2.100,<2",  # writes shards, reads those that can only be streamed (pipes, object stores)
     "mpi4py>=4.0",  # packs in parallel, checks clusters
     "pyyaml>=6.0",  # recipes
-    "tqdm>=4.66",  # progress bars
     "tensorboard>=2.16",  # torch.utils.tensorboard writes through it
     "psutil>=5.9",  # memory and cores of a node
 ]

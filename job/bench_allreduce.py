@@ -5,6 +5,7 @@ In: two or more ranks under horovodrun. Out: seconds and bus bandwidth from 1 Ki
 """
 
 import statistics
+import sys
 import time
 
 DESCRIPTION = "Latency and bus bandwidth of an allreduce among the ranks of horovodrun, by size of the message."
@@ -31,6 +32,7 @@ def measure(arguments) -> dict | None:
     from job.bench_loader import cpu_name, versions
     from job.ranks import pick_device
     from shards.cli import InputError
+    from shards.progress import Line
 
     if hvd.size() < 2:
         raise InputError("an allreduce needs ranks: horovodrun -np 2 python -m job.bench allreduce")
@@ -42,8 +44,10 @@ def measure(arguments) -> dict | None:
     while size <= arguments.largest * 2**20:
         sizes.append(size)
         size *= 4
-    rows = []
-    for size in sizes:
+    rows, line = [], Line(sys.stderr)
+    for number, size in enumerate(sizes, 1):
+        if hvd.rank() == 0:
+            line.show(f"allreduce of {size_text(size)}, size {number} of {len(sizes)}")
         values = torch.ones(size // 4, device=device)
         name = f"bench_{size}"
 
@@ -66,6 +70,7 @@ def measure(arguments) -> dict | None:
                 "repetitions": count,
             }
         )
+    line.clear()
     if hvd.rank():
         return None
     return {
@@ -77,11 +82,16 @@ def measure(arguments) -> dict | None:
     }
 
 
+def size_text(size: int) -> str:
+    """16 KiB, 4 MiB."""
+    return f"{size // 2**10} KiB" if size < 2**20 else f"{size // 2**20} MiB"
+
+
 def text(result: dict) -> str:
     """The result for a reader."""
     lines = [f"{result['ranks']} ranks, {result['device']}", f"{'size':>10}  {'time':>12}  {'bus bandwidth':>14}"]
     for row in result["bus_bandwidth"]:
-        kib = row["bytes"] // 1024
-        size = f"{kib} KiB" if kib < 1024 else f"{kib // 1024} MiB"
-        lines.append(f"{size:>10}  {row['seconds'] * 1e3:>9.3f} ms  {row['bus_bandwidth'] / 1e9:>9.3f} GB/s")
+        lines.append(
+            f"{size_text(row['bytes']):>10}  {row['seconds'] * 1e3:>9.3f} ms  {row['bus_bandwidth'] / 1e9:>9.3f} GB/s"
+        )
     return "\n".join(lines)

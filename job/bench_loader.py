@@ -47,6 +47,7 @@ def add_options(parser) -> None:
 def measure(arguments) -> dict:
     """Measure, and return the fields of the JSON object."""
     from job.cores import default_workers
+    from shards.progress import Line
     from shards.split import load_split
 
     workers = default_workers() if arguments.workers < 0 else arguments.workers
@@ -55,12 +56,16 @@ def measure(arguments) -> dict:
         split = load_split(data, arguments.split)
         images = read_images(split, _BARE)
         rates, bare, cpu = [], [], []
-        for _ in range(arguments.rounds):
+        line = Line(sys.stderr)
+        for number in range(1, arguments.rounds + 1):
+            before = f"; the one before: {rates[-1]:,.0f} images/s" if rates else ""
+            line.show(f"loader: round {number} of {arguments.rounds}{before}")
             run = loader_run(split, workers, arguments.batch, arguments.crop, arguments.seconds)
             rates.append(run["images_per_second"])
             cpu.append(run["images_per_cpu_second"])
             if split.encoding != "raw":
                 bare.append(bare_decode(images, arguments.seconds / 2))
+        line.clear()
     rate, processes = statistics.median(rates), max(workers, 1)
     result = {
         "subject": "loader",

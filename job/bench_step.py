@@ -59,6 +59,7 @@ def measure(arguments) -> dict | None:
     from job.passes import choose_kernels, set_determinism
     from job.ranks import pick_device
     from job.timing import StepTimer
+    from shards.progress import Progress
 
     device = pick_device(arguments.device)
     kernels = choose_kernels(settings, device)
@@ -71,6 +72,15 @@ def measure(arguments) -> dict | None:
     main = "together" if "together" in steps else "alone"
     steps["timed"] = functools.partial(steps[main], StepTimer(device))
     rates: dict[str, list[float]] = {name: [] for name in steps}
+    total = len(steps) * (arguments.warmup + arguments.rounds * arguments.steps)
+    shown = Progress(total, "steps", arguments.subject)
+
+    def tell(step) -> None:
+        step()
+        if hvd.rank() == 0:
+            shown.add(1)
+
+    steps = {name: functools.partial(tell, step) for name, step in steps.items()}
     for step in steps.values():
         for _ in range(arguments.warmup):
             step()
@@ -78,6 +88,7 @@ def measure(arguments) -> dict | None:
         for name, step in steps.items():
             hvd.barrier()
             rates[name].append(timed(step, arguments.steps, device) * arguments.batch)
+    shown.close()
     # Ranks without communication do not wait for each other: the slowest counts.
     sums = hvd.allgather_object(rates, name="bench_rates")
     if hvd.rank():

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from shards.cli import InputError, Parser, run
@@ -357,29 +358,31 @@ def check_data(split: "Split", decode: float) -> Finding:
     return Finding("ok", "data", text)
 
 
-def examine(data: str | None) -> list[Finding]:
-    """All findings, in the order of the report. Raises InputError when there is no such folder of shards."""
+def examine(data: str | None) -> Iterator[Finding]:
+    """The findings in the order of the report, each as soon as it is known.
+
+    Raises InputError when there is no such folder of shards.
+    """
     from shards.split import load_split
 
     split = load_split(data, "train") if data is not None else None
     with concurrent.futures.ThreadPoolExecutor(len(PROBES)) as pool:
-        probes = dict(zip(PROBES, pool.map(probe, PROBES), strict=True))
+        probes = {name: pool.submit(probe, name) for name in PROBES}
+        yield check_python()
+        torch = probes["torch"].result()
+        yield from check_torch(torch)
+        horovod = probes["horovod"].result()
+        yield from check_horovod(horovod, torch)
+        yield from check_mpi(horovod, probes["mpi4py"].result())
+        yield check_webdataset(probes["webdataset"].result())
     decoder, rate = check_decoder()
-    findings = [
-        check_python(),
-        *check_torch(probes["torch"]),
-        *check_horovod(probes["horovod"], probes["torch"]),
-        *check_mpi(probes["horovod"], probes["mpi4py"]),
-        check_webdataset(probes["webdataset"]),
-        decoder,
-        *check_cores(),
-        check_memory(),
-        *check_limits(),
-        check_slurm(),
-    ]
+    yield decoder
+    yield from check_cores()
+    yield check_memory()
+    yield from check_limits()
+    yield check_slurm()
     if split is not None:
-        findings.append(check_data(split, rate))
-    return findings
+        yield check_data(split, rate)
 
 
 def main() -> int:
@@ -389,15 +392,16 @@ def main() -> int:
     parser.add_argument("--data", metavar="DIR", help="also measure how fast the shards in DIR are read")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    findings = examine(options.data)
+    findings = []
+    for finding in examine(options.data):
+        findings.append(finding)
+        if not options.json:
+            print(f"{finding.status:<6}{finding.name:<12}{finding.text}", flush=True)
+            if finding.advice:
+                print(f"{'':18}-> {finding.advice}", flush=True)
     worst = max((finding.status for finding in findings), key=("ok", "slow", "wrong").index)
     if options.json:
         print(json.dumps({"status": worst, "findings": [dataclasses.asdict(finding) for finding in findings]}))
-    else:
-        for finding in findings:
-            print(f"{finding.status:<6}{finding.name:<12}{finding.text}")
-            if finding.advice:
-                print(f"{'':18}-> {finding.advice}")
     wrong = [finding.name for finding in findings if finding.status == "wrong"]
     if wrong:
         raise InputError(f"wrong here: {', '.join(wrong)}; what to do stands beside each")

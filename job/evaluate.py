@@ -41,9 +41,11 @@ def validate(
 
     from job.augment import prepare, to_device
     from job.loader import too_many_bad
+    from shards.progress import Progress
 
     # Right in 1, right in 5, loss, samples, bad ones, ranks that gave up.
     sums = torch.zeros(6, dtype=torch.float64, device=device)
+    shown = Progress(loader.split.nsamples, what="validation")  # rank 0 counts for all: they have equal shares
     was_training = model.training
     model.eval()
     try:
@@ -60,7 +62,10 @@ def validate(
                 sums[2] += F.cross_entropy(scores, labels, reduction="none").double().sum()
                 sums[3] += len(labels)
                 sums[4] += batch.bad
+                if hvd.rank() == 0:
+                    shown.add(min(len(labels) * hvd.size(), shown.total - shown.done))
     finally:
+        shown.close()
         model.train(was_training)
     sums = hvd.allreduce(sums.cpu(), name="validation", op=hvd.Sum)
     if sums[5]:

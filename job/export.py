@@ -8,6 +8,7 @@ import argparse
 import json
 import logging
 import os
+import sys
 import warnings
 
 from shards.cli import InputError, Parser, run
@@ -82,6 +83,8 @@ def main() -> None:
 
     path = checkpoint.find(options.checkpoint)
     state = checkpoint.load(path)
+    size = sum(value.numel() for value in state["model"].values())
+    print(f"{path}: writing {size:,} weights as {options.format} ...", file=sys.stderr, flush=True)
     temporary = f"{options.out}.{os.getpid()}.tmp"
     try:
         {"onnx": export_onnx, "safetensors": export_safetensors}[options.format](state, temporary)

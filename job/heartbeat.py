@@ -42,7 +42,7 @@ _STARTING, _ALIVE, _ENDING = b"-", b".", b"!"
 _HOROVOD = os.path.dirname(os.path.abspath(horovod.__file__))
 
 # What launchers put into the environment of their ranks. Whoever started a process without one may end before it.
-_LAUNCHED = any(name in os.environ for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "HOROVOD_RANK"))
+LAUNCHED = any(name in os.environ for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "HOROVOD_RANK"))
 _PARENT = os.getppid()
 
 _progress: Callable[[], float] | None = None
@@ -155,7 +155,7 @@ class _Own:
 
     def hangs(self) -> str:
         """What to say when this rank stands still, or nobody would end it; mostly nothing."""
-        if _LAUNCHED and os.getppid() != _PARENT:
+        if LAUNCHED and os.getppid() != _PARENT:
             return "has lost its launcher"
         now = time.monotonic()
         value = _progress() if _progress else None

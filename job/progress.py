@@ -15,15 +15,18 @@ import torch
 from job.gpu import gpu_use
 from job.loader import too_many_bad
 from job.ranks import Failed, StepReports
-from job.runlog import RunLog, duration, write_textfile
+from job.runlog import RunLog, write_textfile
 from job.timing import StepTimer
 from shards.cli import InputError
+from shards.progress import duration
 from shards.split import Split
 
 # First steps of a process, in which buffers are made and readers start: left out of images_per_second.
 WARMUP_STEPS = 10
 # Share of a short run that may be counted as warm-up.
 WARMUP_SHARE = 0.2
+# Steps that the rate on a terminal is the mean of, where the line is rewritten several times a second.
+RATE_STEPS = 20
 # A rank is slow from this many times the median on, measured over at least so many steps and seconds.
 SLOW, SLOW_STEPS, SLOW_SECONDS = 1.2, 5, 1.0
 
@@ -70,7 +73,10 @@ class Progress:
         self.stop = False
         self.warmup = min(WARMUP_STEPS, int(WARMUP_SHARE * len(steps)))
         self.steady, self.whole = Sums(self.warmup), Sums(0)
-        self._recent = Sums(0)
+        self._recent = Sums(0)  # since the last line of metrics
+        self._shown = Sums(1)  # since the last line on the screen; the first step compiles, and would spoil the rate
+        self._rate = ""  # what those of the line before were
+        self._first = None  # when the first step had ended: the ETA counts from there
         self._timer, self._device = timer, device
         self._reports, self._ranks = StepReports(), None
         self._bad_epoch, self._bad = -1, 0  # samples of that epoch that could not be used, of all ranks
@@ -122,9 +128,10 @@ class Progress:
                 f"are as they were: resume with a lower --optim.lr or a longer --optim.warmup-epochs in another --out"
             )
         self._count_bad(epoch, round(bad * len(self._hosts)))
-        for sums in (self.steady, self.whole, self._recent):
+        for sums in (self.steady, self.whole, self._recent, self._shown):
             sums.add(loss, count, wait, elapsed, bad)
         self.stop = asked > 0
+        self._show(step, epoch, loss / count if count else float("nan"))
         if self._due(step):
             self._line(step, epoch, rate, ranks)
             self._recent.reset()
@@ -138,8 +145,27 @@ class Progress:
         if self._bad > self.config.stream.max_bad_fraction * self.split.nsamples:
             raise InputError(too_many_bad(self._bad, self.split, self.config.stream.max_bad_fraction))
 
+    def _show(self, step: int, epoch: int, loss: float) -> None:
+        """The state on the screen: of the first and the last step, and in between as often as a reader wants it."""
+        now, last, shown = time.perf_counter(), self.steps[-1] + 1, self._shown
+        self._first = self._first or now
+        if not self.log.line.due() and step not in (self.steps[0], self.steps[-1]):
+            return
+        text = f"epoch {epoch + 1}/{self.config.epochs} step {step + 1:,}/{last:,}"
+        if shown.steps >= (RATE_STEPS if self.log.line.terminal and self._rate else 1):
+            rate = self.config.global_batch * shown.steps / shown.seconds
+            self._rate = f" {rate:,.0f} images/s, data wait {shown.wait / shown.seconds:.0%}"
+            loss = shown.loss
+            shown.reset()
+        if math.isfinite(loss):  # a GPU's come two steps late
+            text += f" loss {loss:.4f}"
+        if self._rate:  # validations and checkpoints count for the ETA as soon as one of them has been
+            pace = (now - self._first) / (step - self.steps[0])
+            text += f"{self._rate} ETA {duration((last - step - 1) * pace)}"
+        self.log.progress(text)
+
     def _line(self, step: int, epoch: int, rate: float, ranks: list[list[float]]) -> None:
-        recent, last = self._recent, self.steps[-1] + 1
+        recent = self._recent
         figures = {
             "loss": recent.loss,
             "lr": rate,
@@ -149,15 +175,14 @@ class Progress:
             **self._compare(step, epoch, ranks),
         }
         self.log.write("train", step + 1, epoch, **figures)
-        loss = f"loss {recent.loss:.4f}  " if math.isfinite(recent.loss) else ""  # a GPU's come two steps late
-        left = (last - step - 1) * recent.seconds / recent.steps
-        self.log.progress(
-            f"epoch {epoch + 1}/{self.config.epochs}  step {step + 1}/{last}  {loss}"
-            f"{figures['images_per_second']:,.0f} images/s  data wait {recent.wait / recent.seconds:.0%}  "
-            f"ETA {duration(left)}"
-        )
         if self.config.metrics.textfile and self.log.active:
-            values = {"step": step + 1, "steps": last, "epoch": epoch, "ranks": len(self._hosts), **figures}
+            values = {
+                "step": step + 1,
+                "steps": self.steps[-1] + 1,
+                "epoch": epoch,
+                "ranks": len(self._hosts),
+                **figures,
+            }
             self.log.attempt(
                 self.config.metrics.textfile,
                 lambda: write_textfile(self.config.metrics.textfile, values, self.config.out),

@@ -3,6 +3,7 @@
 In: Horovod, initialised. Out: the rank's device, small sums over ranks that cost no waiting, exit codes of the job.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -15,8 +16,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from shards.cli import EXIT_BAD_INPUT, EXIT_STOPPED, InputError
+from shards.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, InputError, drop_output, launched_rank
 from shards.cores import cores_given
+from shards.progress import on_terminal
 
 try:
     import horovod.torch as hvd
@@ -30,6 +32,8 @@ except ImportError as error:
 
 # Seconds that a rank which lost the others waits for its launcher to end it, before it speaks up itself.
 LAUNCHER_GRACE = 15
+# Of these, the first pass in silence: mostly the launcher acts at once.
+QUIET_SECONDS = 2
 
 
 class Stopped(Exception):
@@ -88,16 +92,21 @@ class StepReports:
 
 
 class StopSignals:
-    """SIGUSR1, SIGTERM and SIGINT ask for a checkpoint and an orderly end; a second request ends at once.
+    """SIGUSR1, SIGTERM and SIGINT end this process at once; while it trains, they ask for a checkpoint and an orderly
+    end, and a second request ends it at once. Rank 0 answers on stderr.
 
     A thread takes them in: the main one may be inside a call that waits for other ranks.
+
+    Attributes:
+        orderly: the first request is met by who reads `requested`.
+        requested: name of the signal that asked first.
     """
 
     # One scancel reaches a rank as several signals, from Slurm, the launcher and the batch script.
     SAME_REQUEST_SECONDS = 2.0
 
     def __init__(self) -> None:
-        self.requested = ""
+        self.requested, self.orderly = "", False
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -111,10 +120,24 @@ class StopSignals:
             number = os.read(reading, 1)[0]
             if number not in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
                 continue
-            if not self.requested:
-                self.requested, since = signal.Signals(number).name, time.monotonic()
+            name = signal.Signals(number).name
+            if self.orderly and not self.requested:
+                self.requested, since = name, time.monotonic()
+                self._answer(
+                    number, f"{name}: stopping after this step, with a checkpoint; a second request ends at once"
+                )
             elif time.monotonic() - since > self.SAME_REQUEST_SECONDS:
-                leave(128 + number)
+                self._answer(number, f"{name}: ending at once")
+                # horovodrun hands on Ctrl-C as SIGUSR1.
+                leave(EXIT_INTERRUPTED if number != signal.SIGTERM else 128 + number)
+
+    @staticmethod
+    def _answer(number: int, text: str) -> None:
+        # A launcher sends SIGTERM also when another rank has failed, and that one is to be heard.
+        if launched_rank() == 0 and not (heartbeat.LAUNCHED and number == signal.SIGTERM):
+            start = "\r\033[K" if on_terminal(sys.stdout) else ""  # over the line of progress, and the ^C
+            with contextlib.suppress(OSError):
+                os.write(sys.stderr.fileno(), f"{start}{text}\n".encode())
 
 
 @functools.cache
@@ -128,6 +151,7 @@ def run_ranks(main: Callable[[], None]) -> NoReturn:
 
     An error is told once: by rank 0 when all ranks meet it, else by the rank that met it, with its rank and host.
     """
+    stop_signals()
     if not heartbeat.ELASTIC:  # which must hear from the device itself that a message has failed
         # A GPU's stream waits for its messages, not the host: without this, what comes behind an allreduce is launched
         # only when that is over, and the next batch is copied later still. 2 H100, batch 2 x 512: see PERFORMANCE.md.
@@ -161,9 +185,12 @@ def run_ranks(main: Callable[[], None]) -> NoReturn:
             print(f"error: {error}", file=sys.stderr)
         code = 1
     except HorovodInternalError as error:
-        _await_end()  # another rank has failed and speaks for itself
+        _await_end(where)  # another rank has failed and speaks for itself
         reason = heartbeat.lost(f"{where} lost the other ranks: {str(error).splitlines()[0][:200]}")
         print(f"error: {reason}; run the same command again", file=sys.stderr)
+        leave(1)
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        drop_output()
         leave(1)
     except BaseException:
         text = traceback.format_exc()
@@ -175,10 +202,16 @@ def run_ranks(main: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
-def _await_end() -> None:
+def _await_end(where: str = "") -> None:
     """Give another rank the time to say why the job ends, and the launcher to end this process for it."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(LAUNCHER_GRACE)
+    time.sleep(QUIET_SECONDS)
+    if where:
+        left = LAUNCHER_GRACE - QUIET_SECONDS
+        print(
+            f"{where} lost the other ranks; waiting up to {left} s for one that knows why", file=sys.stderr, flush=True
+        )
+    time.sleep(LAUNCHER_GRACE - QUIET_SECONDS)
 
 
 def leave(code: int) -> NoReturn:

@@ -1,6 +1,6 @@
 """What a run leaves for its reader: the run directory's metrics, TensorBoard, and rank 0's lines on the terminal.
 
-In: values of steps and validations. Out: metrics.jsonl, tensorboard/, config.yaml, summary.json, and a progress bar.
+In: values of steps and validations. Out: metrics.jsonl, tensorboard/, config.yaml, summary.json, a line of progress.
 """
 
 import contextlib
@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from shards.cli import InputError
+from shards.cli import InputError, drop_output
+from shards.progress import Line
 from shards.split import write_whole
 
 # Seconds between two warnings that metrics cannot be written.
@@ -54,7 +55,7 @@ class RunLog:
     def __init__(self, out: str, active: bool):
         self.out = out
         self.active = active
-        self.bar = None
+        self.line = Line(sys.stdout)
         self.failures = 0
         self._warned = -WARN_SECONDS
         self._tensorboard = None
@@ -113,43 +114,31 @@ class RunLog:
                 self.warn(f"{what} of {self.out} cannot be written: {error}; training goes on")
 
     def say(self, text: str) -> None:
-        """A line on stdout, above the progress bar where there is one."""
-        if not self.active:
-            return
-        if self.bar is not None:
-            self.bar.write(text)
-        else:
-            print(text, flush=True)
+        """A line on stdout."""
+        self._print(lambda: (self.line.clear(), print(text, flush=True)))
 
     def warn(self, text: str) -> None:
         """A line on stderr."""
-        if self.bar is not None:
-            self.bar.write(f"warning: {text}", file=sys.stderr)
-        else:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
-
-    def start_bar(self, total: int, done: int) -> None:
-        """A progress bar on a terminal. A launcher's terminal is shared by all ranks: there, plain lines."""
-        if self.active and sys.stdout.isatty() and "OMPI_COMM_WORLD_RANK" not in os.environ:
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, file=sys.stdout)
+        self._print(lambda: (self.line.clear(), print(f"warning: {text}", file=sys.stderr, flush=True)))
 
     def progress(self, text: str) -> None:
-        """The state of training: in the bar, else as a line."""
-        if self.bar is not None:
-            self.bar.set_postfix_str(text)
-        else:
-            self.say(text)
+        """How far training is: on a terminal in a line that is rewritten, else a new one."""
+        self._print(lambda: self.line.show(text))
 
-    def advance(self) -> None:
-        if self.bar is not None:
-            self.bar.update()
+    def _print(self, write: Callable[[], Any]) -> None:
+        if self.active:
+            try:
+                write()
+            except OSError:  # who read it has gone (`| head`), or its disk is full: training goes on in silence
+                drop_output()
 
-    def close_bar(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+    def close(self) -> None:
+        """End the line on a terminal, and TensorBoard's file."""
+        if self.active:
+            self._print(self.line.clear)
+            if self._tensorboard is not None:
+                self.attempt("tensorboard", self._tensorboard.close)
+                self._tensorboard = None
 
     def summary(self, values: dict[str, Any]) -> None:
         if self.active:
@@ -199,12 +188,3 @@ def _belongs(line: str, step: int) -> bool:
         return fields["kind"] == "event" or fields["step"] <= step
     except (ValueError, KeyError, TypeError):
         return False  # the last line of a run that was killed while it wrote
-
-
-def duration(seconds: float) -> str:
-    """3:05, 2:03:05, or 4 days 2:03:05."""
-    minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    text = f"{hour}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
-    return f"{days} days {text}" if days else text

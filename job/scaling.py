@@ -9,10 +9,12 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 from shards.cli import InputError, Parser, run
@@ -194,14 +196,17 @@ def bench(path: str, plan, settings) -> None:
     for part, command in commands.items():
         if "error" not in limits.get(part, {"error": ""}):
             continue
+        print(f"{time.strftime('%H:%M:%S')} {part} alone: {shlex.join(command)}", flush=True)
+        log = os.path.join(path, f"bench-{part}.txt")
         try:
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=BENCH_SECONDS
-            )
-            found = json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])
+            code = study.call(command, log, BENCH_SECONDS)
+            with open(log, encoding="utf-8", errors="replace") as file:
+                text = file.read()
+            found = {"error": f"exit code {code}{study.reason(log)}"}
+            if not code:
+                found = json.loads(text[text.index("{") : text.rindex("}") + 1])
         except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-            told = "" if isinstance(error, OSError | subprocess.TimeoutExpired) else done.stderr.strip()
-            found = {"error": (told.splitlines() or [str(error)])[-1][:300]}
+            found = {"error": str(error)[:300]}
         limits[part] = found
         if "error" in found:
             figure = found["error"]
@@ -210,7 +215,7 @@ def bench(path: str, plan, settings) -> None:
         else:
             best = max(row["bus_bandwidth"] for row in found["bus_bandwidth"])
             figure = f"up to {best / 1e9:.3g} GB/s of bus bandwidth"
-        print(f"{part} alone: {figure}")
+        print(f"{part} alone: {figure}", flush=True)
     study.save_limits(path, limits)
 
 

@@ -24,8 +24,9 @@ import psutil
 
 from job.runlog import lock
 from job.scalingmodel import EXPOSED, SECTIONS, STRAGGLERS, Gradient, Measured
-from shards.cli import InputError, Parser
+from shards.cli import InputError, Parser, printable
 from shards.cores import cores_given
+from shards.progress import Line, duration
 from shards.split import write_whole
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -33,6 +34,7 @@ SYNTHETIC = "synthetic"
 MODES = ("strong", "weak")
 # Facts of the environment in which all points of a study must agree; the others (ranks a node, cores) follow the size.
 ALIKE = ("device", "versions", "horovod_over", "network", "tuning", "file_system", "commit", "parallel")
+LOOK_SECONDS = 1.0  # between two looks at a run's log
 POLL_SECONDS = 5  # between two looks at Slurm's queue
 
 # Two-sided 95 % quantiles of Student's t, for 1 to 30 degrees of freedom.
@@ -256,10 +258,14 @@ def run(path: str, plan: Plan, say: Callable[[str], None], retry: bool = False, 
     if plan.slurm:
         _run_slurm(path, plan, todo, say, wait, mixed, sbatch)
         return
+    began = time.monotonic()
     for number, point in enumerate(todo, 1):
+        left = (time.monotonic() - began) / (number - 1) * (len(todo) - number + 1) if number > 1 else 0
+        eta = f", ETA {duration(left)}" if left else ""
+        say(f"{time.strftime('%H:%M:%S')} {number}/{len(todo)} {point.name}: log {path}/runs/{point.name}/log.txt{eta}")
         _run_here(path, plan, point, limit)
         _finish(path, point, mixed)
-        say(f"{number}/{len(todo)} {outcome(point)}")
+        say(f"{time.strftime('%H:%M:%S')} {number}/{len(todo)} {outcome(point)} ({duration(point.seconds)})")
 
 
 def outcome(point: Point) -> str:
@@ -328,23 +334,40 @@ def _run_here(path: str, plan: Plan, point: Point, limit: float) -> None:
     point.started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     began = time.monotonic()
     log = os.path.join(folder, "log.txt")
-    with open(log, "w", encoding="utf-8") as out:
-        try:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True
-            )
-        except OSError as error:
-            raise InputError(f"cannot start horovodrun ({error.strerror}); bash slurm/install.sh sets it up") from None
-        try:
-            code = process.wait(limit)
-            point.error = f"exit code {code}" if code else ""
-        except subprocess.TimeoutExpired:
-            point.error = f"not done in {limit:.0f} s"
-        finally:
-            _end(process)
+    try:
+        code = call(command, log, limit, environment)
+        point.error = f"exit code {code}" if code else ""
+    except OSError as error:
+        raise InputError(f"cannot start horovodrun ({error.strerror}); bash slurm/install.sh sets it up") from None
+    except subprocess.TimeoutExpired:
+        point.error = f"not done in {duration(limit)}"
     point.seconds = round(time.monotonic() - began, 3)
     if point.error:
         point.error += reason(log)
+
+
+def call(command: Sequence[str], log: str, limit: float, environment: dict[str, str] | None = None) -> int:
+    """Run a command, its output in the file `log`, and show that file's last line meanwhile; return its exit code.
+
+    Whatever ends this, nothing that the command started stays. Raises OSError, or TimeoutExpired after `limit` seconds.
+    """
+    line, began = Line(sys.stderr), time.monotonic()
+    with open(log, "w", encoding="utf-8") as out:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True
+        )
+    try:
+        while True:
+            passed = time.monotonic() - began
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(min(LOOK_SECONDS, max(0.0, limit - passed)))
+            if passed >= limit:
+                raise subprocess.TimeoutExpired(command, limit)
+            if line.due():
+                line.show(f"  {duration(passed)} {_last_line(log)}")
+    finally:
+        line.clear()
+        _end(process)
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -355,6 +378,14 @@ def _end(process: subprocess.Popen) -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
     process.wait()
+
+
+def _last_line(log: str) -> str:
+    """The last line of a log, printable."""
+    with open(log, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 2000))
+        lines = file.read().decode("utf-8", "replace").split("\n")
+    return printable(next((line.strip() for line in reversed(lines) if line.strip()), "starting"))
 
 
 def reason(log: str) -> str:
@@ -417,6 +448,7 @@ def _run_slurm(path: str, plan: Plan, todo: list[Point], say, wait: bool, mixed:
         save_point(path, point)
     say(f"{sum(p.status == 'submitted' for p in todo)} jobs in the queue, named {name}")
     left = [p for p in todo if p.status == "submitted"]
+    line = Line(sys.stderr)
     while left:
         queued = _queued([p.job for p in left])
         for point in [p for p in left if p.job not in queued]:
@@ -425,12 +457,15 @@ def _run_slurm(path: str, plan: Plan, todo: list[Point], say, wait: bool, mixed:
             if not os.path.exists(os.path.join(folder, "timings.json")):
                 log = os.path.join(folder, "log.txt")
                 point.error = f"Slurm job {point.job} left no result" + (reason(log) if os.path.exists(log) else "")
+            line.clear()
             _finish(path, point, mixed)
             say(outcome(point))
         if left and not wait:
             say(f"{len(left)} still to come; the same command takes them in, or --wait")
             return
         if left:
+            if line.due():
+                line.show(f"waiting for {len(left)} jobs in the queue; the next of them: {left[0].job} {left[0].name}")
             time.sleep(POLL_SECONDS)
 
 

@@ -45,6 +45,7 @@ def train(config: settings.Config, memory) -> None:
     began = time.time()
     rank, world_size = hvd.rank(), hvd.size()
     stop = stop_signals()
+    stop.orderly = True
 
     # Horovod: pin this rank to its GPU.
     device = pick_device(config.device)
@@ -133,7 +134,6 @@ def train(config: settings.Config, memory) -> None:
     if memory.reason:
         log.say(f"{memory.reason}: going on behind step {first_step} with {world_size} ranks")
     log.say(describe(config, split, val_split, world_size, device, first_step, last_step))
-    log.start_bar(last_step, first_step)
     model.train()
 
     def validate_now() -> bool:
@@ -143,6 +143,7 @@ def train(config: settings.Config, memory) -> None:
         """
         nonlocal validation, best
         started = time.perf_counter()
+        log.line.clear()
         strategy.equalise()
         found = validate(model, val_loader, mean, device, config.precision, lambda: bool(stop.requested))
         seconds["validation"] += time.perf_counter() - started
@@ -215,7 +216,6 @@ def train(config: settings.Config, memory) -> None:
             timer.mark(EXPOSED)
 
             progress.exchange(step, rate, losses.exchange(loss), item.wait_seconds, item.bad, bool(stop.requested))
-            log.advance()
             step += 1
             timer.end()
 
@@ -227,6 +227,8 @@ def train(config: settings.Config, memory) -> None:
                 progress.collect()
                 validation_due = val_loader and (finished or epoch_ended and (epoch + 1) % config.eval_every == 0)
                 best_now = validate_now() if validation_due and not progress.stop else False
+                if progress.stop:
+                    log.say(f"asked to stop: writing a checkpoint of step {step:,}")
                 if validation_due or finished or due or progress.stop or not config.checkpoint_every:
                     owed = bool(validation_due and progress.stop)
                     save(best_now, owed)
@@ -237,7 +239,7 @@ def train(config: settings.Config, memory) -> None:
             if finished or progress.stop:
                 break
     finally:
-        log.close_bar()
+        log.close()
         trace.close()
         loader.close()
         if val_loader:

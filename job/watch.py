@@ -156,7 +156,7 @@ def plot(points: list[list[float]], title: str, percent: bool = False) -> str:
 
 def page(about: dict[str, Any]) -> str:
     """What `describe` found, for people."""
-    from job.runlog import duration
+    from shards.progress import duration
 
     done = about["step"] / about["last_step"] if about["last_step"] else 0.0
     filled = int(40 * min(1.0, done))

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
+EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
 
 # Where a launcher tells a process its rank, before MPI or Horovod is initialised.
 _RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
@@ -105,12 +106,24 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
 
+def drop_output() -> None:
+    """Nobody reads our output any more (head and less end early): whatever is printed from now on goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's main and leave with its exit code. InputError: one line from one rank, exit code 2."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # in a locale without the characters of some name
     try:
         code = main() or 0
+        sys.stdout.flush()
     except InputError as error:
         if not error.everywhere or launched_rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -119,8 +132,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             time.sleep(_RANK0_SPEAKS_SECONDS)
         code = EXIT_BAD_INPUT
     except BrokenPipeError:  # the reader of our output (head, less) has gone
-        sys.stdout = None
+        drop_output()
         code = 1
     except KeyboardInterrupt:
-        code = 130  # as a shell reports SIGINT
+        if launched_rank() == 0:
+            print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        code = EXIT_INTERRUPTED
     sys.exit(code)

@@ -1,17 +1,66 @@
-"""How far a long command is: one line that is rewritten on a terminal, else a line every ten seconds, on stderr.
+"""How far a long command is: one line that is rewritten on a terminal, else a line every ten seconds.
 
 In: how many units there are, and how many more are done. Several processes: one of them adds up for all.
 """
 
+import os
+import shutil
 import sys
 import time
+from typing import TextIO
 
 LINE_SECONDS = 10.0  # between two lines in a batch log or a pipe
 BAR_SECONDS = 0.2  # between two states of the line on a terminal
 
 
+def on_terminal(stream: TextIO) -> bool:
+    """Whether somebody watches `stream`. A rank writes to its launcher: horovodrun says where that writes to, others
+    do not (mpirun gives ranks a pseudo-terminal even when its own output is a file). On stderr mpirun holds
+    back what a rank writes until the line ends, so that no line can be rewritten there."""
+    if any(name in os.environ for name in ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK")):
+        return stream is sys.stdout and os.environ.get("HOROVOD_TERMINAL") == "1"
+    return stream.isatty()
+
+
+def duration(seconds: float) -> str:
+    """0:03:05, 12:03:05, or 4 days 2:03:05."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    text = f"{hour}:{minute:02d}:{second:02d}"
+    return f"{days} day{'s' * (days > 1)} {text}" if days else text
+
+
+class Line:
+    """A line that tells the present state: rewritten on a terminal, else a new one with the time of day now and then.
+
+    `due` says whether the last one is old enough; whoever has the text then calls `show`.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.terminal = on_terminal(stream)
+        self._stream, self._shown, self._dirty = stream, time.monotonic(), False
+
+    def due(self) -> bool:
+        return time.monotonic() - self._shown >= (BAR_SECONDS if self.terminal else LINE_SECONDS)
+
+    def show(self, text: str) -> None:
+        self._shown = time.monotonic()
+        if self.terminal:  # a line that wraps cannot be rewritten
+            text, self._dirty = text[: shutil.get_terminal_size().columns - 1], True
+            print(f"\r{text}\033[K", end="", file=self._stream, flush=True)
+        else:
+            print(f"{time.strftime('%H:%M:%S')} {text}", file=self._stream, flush=True)
+
+    def clear(self) -> None:
+        """Make room for other output on a terminal."""
+        if self._dirty:
+            self._dirty = False
+            print("\r\033[K", end="", file=self._stream, flush=True)
+
+
 class Progress:
-    """`HH:MM:SS what 12,345/1,281,167 images 562 images/s ETA 0:38:00`.
+    """`HH:MM:SS what 12,345/1,281,167 images 562 images/s ETA 0:38:00` on stderr.
 
     Args:
         total: units there are, those of `done` included; 0: not known.
@@ -23,39 +72,29 @@ class Progress:
     def __init__(self, total: int, unit: str = "images", what: str = "", done: int = 0):
         self.total, self.unit, self.what, self.done = total, unit, what, done
         self._begin, self._start = done, 0.0
-        self._terminal = sys.stderr.isatty()
-        self._shown = time.monotonic()
+        self._line = Line(sys.stderr)
 
     def add(self, count: int) -> None:
         """`count` more units are done."""
-        now = time.monotonic()
         self.done += count
         if not self._start:  # the rate counts from the first units on: starting the processes is left out
-            self._begin, self._start = self.done, now
-        if now - self._shown >= (BAR_SECONDS if self._terminal else LINE_SECONDS):
-            self._shown = now
-            start, end = ("\r", "\033[K") if self._terminal else ("", "\n")
-            print(start + self.line(), end=end, file=sys.stderr, flush=True)
+            self._begin, self._start = self.done, time.monotonic()
+        if self._line.due():
+            self._line.show(self.line())
 
     def line(self) -> str:
         """The state now."""
         rate = (self.done - self._begin) / max(time.monotonic() - self._start, 1e-3)
         of = f"/{self.total:,}" if self.total else ""
         what = f"{self.what} " if self.what else ""
-        text = f"{time.strftime('%H:%M:%S')} {what}{self.done:,}{of} {self.unit}"
+        text = f"{what}{self.done:,}{of} {self.unit}"
         if rate:
             text += f" {rate:,.0f}" if rate >= 10 else f" {rate:,.1f}"
             text += f" {self.unit}/s"
             if self.total:
-                text += f" ETA {_clock(max(self.total - self.done, 0) / rate)}"
+                text += f" ETA {duration(max(self.total - self.done, 0) / rate)}"
         return text
 
     def close(self) -> None:
         """Clear the line on a terminal; what the command has done is its own to say."""
-        if self._terminal and self._start:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+        self._line.clear()

@@ -1,12 +1,18 @@
 """What a long command shows of its progress, on a terminal and in a batch log."""
 
 import io
+import os
 import re
+import signal
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
 
 from shards import progress
+from tests.launch import ROOT, run
 
 
 class Terminal(io.StringIO):
@@ -64,3 +70,101 @@ def test_an_unknown_total_has_no_eta(clock, monkeypatch):
 
 def test_a_short_command_says_nothing(clock, monkeypatch):
     assert shown(clock, monkeypatch, io.StringIO(), [(1, 5), (9, 5)], total=10) == ""
+
+
+@pytest.mark.parametrize(
+    ("environment", "seen"),
+    [
+        ({}, True),
+        ({"OMPI_COMM_WORLD_RANK": "0"}, False),  # mpirun gives a pseudo-terminal whatever it writes to
+        ({"OMPI_COMM_WORLD_RANK": "0", "HOROVOD_TERMINAL": "1"}, True),
+        ({"HOROVOD_RANK": "0", "HOROVOD_TERMINAL": "0"}, False),
+    ],
+)
+def test_a_rank_shows_a_line_that_is_rewritten_only_where_horovodrun_has_a_terminal(monkeypatch, environment, seen):
+    for name in ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "HOROVOD_TERMINAL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    stdout = Terminal()
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert progress.on_terminal(stdout) is seen
+    assert progress.on_terminal(Terminal()) is (not environment)  # a rank's stderr is held back until a line ends
+
+
+def test_a_line_is_not_longer_than_the_terminal(clock, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    stream = Terminal()
+    progress.Line(stream).show("x" * 50)
+    assert stream.getvalue() == "\r" + "x" * 19 + "\033[K"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0:00:00"), (185, "0:03:05"), (86399, "23:59:59"), (90000, "1 day 1:00:00"), (352985, "4 days 2:03:05")],
+)
+def test_durations(seconds, text):
+    assert progress.duration(seconds) == text
+
+
+def test_a_reader_that_ends_early_leaves_no_traceback():
+    code = "from shards.cli import run\nrun(lambda: print('x' * 100000))"
+    done = run("bash", "-c", f'{sys.executable} -c "{code}" | head -c 1; exit ${{PIPESTATUS[0]}}')
+    assert (done.returncode, done.stdout, done.stderr) == (1, "x", "")
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130():
+    code = "import time; from shards.cli import run; run(lambda: (print('on', flush=True), time.sleep(60)))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20)[1] == "stopped by Ctrl-C\n"
+    assert process.returncode == 130
+
+
+def test_training_goes_on_when_nobody_reads_its_output(tmp_path, monkeypatch):
+    from job.runlog import RunLog
+
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as broken:
+        monkeypatch.setattr("sys.stdout", broken)
+        log = RunLog(str(tmp_path / "run"), active=True)
+        log.say("a")
+        log.progress("b")
+        log.close()
+
+
+def test_requests_to_stop_are_answered_at_once_and_a_second_one_ends(monkeypatch, capfd):
+    from job import heartbeat, ranks
+
+    left, ended = [], threading.Event()
+
+    class Signals(ranks.StopSignals):
+        SAME_REQUEST_SECONDS = -1.0
+
+    def leave(code):
+        left.append(code)
+        ended.set()
+
+    monkeypatch.setattr(ranks, "leave", leave)
+    monkeypatch.setattr(ranks, "launched_rank", lambda: 0)
+    monkeypatch.setattr(heartbeat, "LAUNCHED", False)
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop = Signals()
+        stop.orderly = True
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended.wait(20) and left == [130] and stop.requested == "SIGUSR1"
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    said = capfd.readouterr().err.splitlines()
+    assert said == [
+        "SIGUSR1: stopping after this step, with a checkpoint; a second request ends at once",
+        "SIGINT: ending at once",
+    ]
