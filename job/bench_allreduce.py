@@ -29,8 +29,8 @@ def measure(arguments) -> dict | None:
     import horovod.torch as hvd
     import torch
 
+    from job.agree import agree
     from job.bench_loader import cpu_name, versions
-    from job.ranks import pick_device
     from shards.cli import InputError
     from shards.progress import Line
 
@@ -38,7 +38,7 @@ def measure(arguments) -> dict | None:
         raise InputError("an allreduce needs ranks: horovodrun -np 2 python -m job.bench allreduce")
     if arguments.largest < 1:
         raise InputError(f"--largest is {arguments.largest}; it must be 1 or more")
-    device = pick_device(arguments.device)
+    device = agree(vars(arguments)).device
     sizes = []
     size = 1024
     while size <= arguments.largest * 2**20:

@@ -21,7 +21,7 @@ def add_options(parser) -> None:
     parser.add_argument("--batch", type=int, default=128, metavar="N", help="images a rank")
     parser.add_argument("--image-size", type=int, default=0, metavar="PX", help="0: that of the recipe")
     parser.add_argument("--classes", type=int, default=1000, metavar="N")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
     parser.add_argument("--kernels", choices=("auto", "plain", "fast"), default="auto")
     parser.add_argument("--parallel", choices=("gradients", "weights"), default="gradients")
     parser.add_argument("--wire", choices=("fp32", "fp16"), default="fp32", help="type in which gradients travel")
@@ -55,15 +55,16 @@ def measure(arguments) -> dict | None:
     import horovod.torch as hvd
     import torch
 
+    from job.agree import agree
     from job.bench_loader import cpu_name, versions
-    from job.passes import choose_kernels, set_determinism
-    from job.ranks import pick_device
+    from job.passes import set_determinism, set_precision
     from job.timing import StepTimer
     from shards.progress import Progress
 
-    device = pick_device(arguments.device)
-    kernels = choose_kernels(settings, device)
+    agreed = agree(vars(arguments))
+    device, kernels = agreed.device, agreed.kernels
     set_determinism(False)
+    set_precision(settings.precision)
     steps = {"alone": make_step(settings, arguments.batch, kernels, False, device)}
     if arguments.subject == "train" and hvd.size() > 1:
         steps["together"] = make_step(settings, arguments.batch, kernels, True, device)

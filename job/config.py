@@ -82,7 +82,9 @@ class Config:
     )
     resume: str = setting("auto", "auto: newest good checkpoint of the run directory; none: start anew; or a file")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU for each rank where there is one")
-    precision: Literal["fp32", "bf16"] = setting("fp32", "bf16: autocast to bfloat16, weights stay fp32")
+    precision: Literal["fp32", "tf32", "bf16"] = setting(
+        "fp32", "tf32: a GPU multiplies with 10 bits of mantissa; bf16: autocast to bfloat16; weights stay fp32"
+    )
     kernels: Literal["auto", "plain", "fast"] = setting(
         "auto", "plain: PyTorch's own; fast: fused Triton kernels and CUDA graphs; auto: fast where the GPU has them"
     )

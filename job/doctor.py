@@ -16,6 +16,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -282,6 +283,24 @@ def check_memory() -> Finding:
     return Finding("ok", "shm", text)
 
 
+def check_caches(gpu: bool) -> list[Finding]:
+    """What the fast kernels need at their first launch, and where what is compiled here is kept."""
+    from shards import caches, fastjpeg
+
+    lacking, home = caches.triton_lacks(), os.path.expanduser("~")
+    compiler = Finding("ok", "compiler", "a C compiler and Python's headers are here, for the fast kernels")
+    if lacking:
+        advice = "load or install gcc on the compute nodes too; else training uses the plain kernels"
+        compiler = Finding("slow" if gpu else "ok", "compiler", lacking, advice if gpu else "")
+    text = f"HOME {home}, Triton {caches.triton_cache()}, JPEG decoder {os.path.dirname(fastjpeg.library_path())}"
+    try:
+        with tempfile.TemporaryFile(dir=home):
+            return [compiler, Finding("ok", "caches", text)]
+    except OSError as error:
+        text += f"; HOME cannot be written: {error.strerror}"
+        return [compiler, Finding("slow", "caches", text, "set HOME to a folder that can be written")]
+
+
 def check_limits() -> list[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < FILES:
@@ -307,18 +326,6 @@ def check_slurm() -> Finding:
     return Finding("ok", "slurm", f"{version or 'none here'}{f', in job {job}' if job else ''}")
 
 
-def file_system(path: str) -> str:
-    """Kind of the file system that holds `path`: "ext4", "nfs4", "lustre"."""
-    path, kind, best = os.path.realpath(path), "unknown", -1
-    with open("/proc/mounts", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            point, this = line.split(" ")[1:3]
-            point = point.replace("\\040", " ")
-            if (path == point or path.startswith(point.rstrip("/") + "/")) and len(point) >= best:
-                kind, best = this, len(point)
-    return kind
-
-
 def read_rate(paths: list[str]) -> float:
     """Bytes a second that reading these files gives; what the page cache holds of them is dropped if it can be."""
     start, count = time.perf_counter(), 0
@@ -337,6 +344,7 @@ def read_rate(paths: list[str]) -> float:
 
 def check_data(split: "Split", decode: float) -> Finding:
     """Whether reading this split keeps up with decoding on the cores given; `decode` in images a second and core."""
+    from shards.caches import file_system
     from shards.cores import cores_given
     from shards.split import is_remote
 
@@ -379,6 +387,7 @@ def examine(data: str | None) -> Iterator[Finding]:
     yield decoder
     yield from check_cores()
     yield check_memory()
+    yield from check_caches(bool(torch.get("gpus")))
     yield from check_limits()
     yield check_slurm()
     if split is not None:

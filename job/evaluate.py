@@ -81,20 +81,27 @@ def evaluate(options: argparse.Namespace) -> None:
     import horovod.torch as hvd
 
     from job import checkpoint, config
+    from job.agree import agree, split_facts
     from job.augment import load_mean
     from job.loader import Loader
     from job.model import build
-    from job.ranks import pick_device
+    from job.passes import set_precision
     from shards.split import load_split
 
-    split = load_split(options.data, options.split)
-    path = checkpoint.find(options.checkpoint)
-    state = checkpoint.load(path)
-    settings = config.from_flat(state["config"])
-    classes = settings.model.classes
-    if len(split.classes) > classes:
-        raise InputError(f"{options.data} has {len(split.classes)} classes, the network of {path} has {classes}")
-    device = pick_device(options.device)
+    def open_data():
+        """(split, file of the checkpoint, its content, its settings); what all ranks must see alike."""
+        split = load_split(options.data, options.split)
+        path = checkpoint.find(options.checkpoint)
+        state = checkpoint.load(path)
+        settings = config.from_flat(state["config"])
+        classes = settings.model.classes
+        if len(split.classes) > classes:
+            raise InputError(f"{options.data} has {len(split.classes)} classes, the network of {path} has {classes}")
+        return (split, path, state, settings), {**split_facts(split), "checkpoint": f"step {state['step']}"}
+
+    agreed = agree(vars(options), open_data)
+    device, (split, path, state, settings) = agreed.device, agreed.found
+    set_precision(settings.precision)
     model = build(settings).to(device)
     model.load_state_dict(state["model"])
     batch = options.batch or max(1, settings.global_batch // hvd.size())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from job.model import LRN_ALPHA, LRN_BETA, LRN_K, AlexNet
 from job.optim import aligned
+from shards.caches import triton_lacks
 
 _LRN = dict(LRN_K=LRN_K, LRN_ALPHA=LRN_ALPHA, LRN_BETA=LRN_BETA)
 _TILE = 2048  # elements a Triton program holds at once
@@ -25,7 +26,7 @@ _BLOCK = 4  # pixels of a side of conv1's blocks: its stride
 
 
 def unsupported(device: torch.device) -> str:
-    """Why the fast path cannot run on a device; empty: it can."""
+    """Why the fast path cannot run on a device; empty: it can. Nothing is launched to find out."""
     if device.type != "cuda":
         return "it needs a CUDA GPU"
     if torch.version.hip:
@@ -34,9 +35,9 @@ def unsupported(device: torch.device) -> str:
         return f"{torch.cuda.get_device_name(device)} has no bf16 tensor cores (compute capability 8.0)"
     try:
         import triton  # noqa: F401
-    except ImportError:
-        return "Triton is not installed (pip install triton)"
-    return ""
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); pip install triton"
+    return triton_lacks()
 
 
 def blocks_of(image_size: int) -> int:

@@ -1,13 +1,15 @@
 """Ranks watch each other, so that one that hangs ends the job instead of letting the others wait for ever.
 
 In: Horovod, initialised; a number that grows while this rank gets on. Out: when a rank is stopped (SIGSTOP), its node
-is gone, it stands still, or its launcher was killed, one line that names rank and host, and the end of the job.
-(Horovod's own stall check does not see a stopped rank: the cycle in which it looks waits for that rank, too.)
+is gone, it stands still, its launcher was killed, or all ranks wait for different messages, one line that names rank
+and host, and the end of the job. (Horovod's own stall check does not see a stopped rank: the cycle in which it looks
+waits for that rank, too. Its stall shutdown does not know a rank that validates or writes from one that never comes.)
 """
 
 import contextlib
 import hmac
 import os
+import re
 import secrets
 import selectors
 import socket
@@ -38,13 +40,15 @@ CONNECT_SECONDS = 20.0
 ELASTIC = os.environ.get("HOROVOD_ELASTIC") == "1"
 
 _HELLO = struct.Struct("!16sI")  # the job's token, rank
-_STARTING, _ALIVE, _ENDING = b"-", b".", b"!"
+_STARTING, _ALIVE, _ENDING = b"\x01", b"\x02", b"\x03"
+_WAITING = b"\x04"  # after one of the first two, and followed by the place: for STILL seconds in one call of Horovod
 _HOROVOD = os.path.dirname(os.path.abspath(horovod.__file__))
 
 # What launchers put into the environment of their ranks. Whoever started a process without one may end before it.
 LAUNCHED = any(name in os.environ for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "HOROVOD_RANK"))
 _PARENT = os.getppid()
 
+first_ended = threading.Event()  # rank 0 has ended: it has said why
 _progress: Callable[[], float] | None = None
 _record: Callable[[str], None] | None = None
 _longest_silent: Callable[[], tuple[float, int, str]] | None = None  # seconds, rank, host
@@ -109,11 +113,12 @@ def start() -> None:
     if problem:
         if hvd.rank() == 0:
             print(
-                f"warning: {problem}: a rank that hangs will not be noticed; name the ranks' network in "
+                f"warning: {problem}: only a rank that stands still itself will be noticed; name the ranks' network in "
                 f"NETWORK_INTERFACE of slurm/site.sh or in HOROVOD_GLOO_IFACE",
                 file=sys.stderr,
                 flush=True,
             )
+        threading.Thread(target=_beat_alone, name="heartbeat", daemon=True).start()
         return
     beat, arguments = (_beat_first, (listener, token, hosts)) if listener else (_beat_other, (connection, hosts))
     threading.Thread(target=beat, args=arguments, name="heartbeat", daemon=True).start()
@@ -144,14 +149,19 @@ class _Own:
         self._since = time.monotonic()
         self._longest = 0.0  # seconds between two signs of progress
         self._moved = False
+        self._call: object = None  # of Horovod, in which the main thread is
+        self._called = self._since
+        self.waits_at = ""  # where it has been in that call for STILL seconds
 
     def sign(self) -> bytes:
         """The sign of life to send."""
-        return _ALIVE if self._moved else _STARTING
+        sign = _ALIVE if self._moved else _STARTING
+        return sign + _WAITING + self.waits_at.encode() if self.waits_at else sign
 
     def overslept(self, seconds: float) -> None:
         """This process was suspended: that time does not count."""
         self._since += seconds
+        self._called += seconds
 
     def hangs(self) -> str:
         """What to say when this rank stands still, or nobody would end it; mostly nothing."""
@@ -159,8 +169,11 @@ class _Own:
             return "has lost its launcher"
         now = time.monotonic()
         value = _progress() if _progress else None
-        at = _main_thread()
-        if value is None or not at:
+        at, call = _main_thread()
+        if call is None or call != self._call:
+            self._call, self._called = call, now
+        self.waits_at = at if now - self._called > STILL else ""
+        if value is None or call is not None:
             self._since = now
             return ""
         if value != self._value:
@@ -179,19 +192,23 @@ class _Own:
         return f"has made no progress for {now - self._since:.0f} s; it is at {at}"
 
 
-def _main_thread() -> str:
-    """Where the main thread is in this project's code; empty when it waits for other ranks inside Horovod."""
+def _main_thread() -> tuple[str, object]:
+    """Where the main thread is in this project's code; and in which call of Horovod, where it waits for other ranks.
+
+    Two calls differ: each message has a handle of its own. None: in none.
+    """
     here = os.path.dirname(os.path.abspath(__file__))
     frame = sys._current_frames().get(threading.main_thread().ident)
-    found = ""
+    found, call = "", None
     while frame:
         name = frame.f_code.co_filename
-        if name.startswith(_HOROVOD):
-            return ""
+        if call is None and name.startswith(_HOROVOD):
+            handle = frame.f_locals.get("handle")
+            call = id(frame), frame.f_lasti, handle if isinstance(handle, int) else None
         if not found and name.startswith(here):
             found = f"{os.path.basename(name)}:{frame.f_lineno}, {frame.f_code.co_name}"
         frame = frame.f_back
-    return found or "start-up"
+    return found or "start-up", call
 
 
 def here() -> str:
@@ -224,6 +241,7 @@ def _beat_first(listener: socket.socket, token: bytes, hosts: list[str]) -> None
 
     _longest_silent = longest_silent
     ranks: dict[socket.socket, int] = {}
+    waiting = dict.fromkeys(heard, "")
     due = time.monotonic() + PERIOD
     while True:
         for key, _ in selector.select(max(0.0, due - time.monotonic())):
@@ -260,6 +278,7 @@ def _beat_first(listener: socket.socket, token: bytes, hosts: list[str]) -> None
                 continue
             heard[ranks[peer]] = time.monotonic()
             limits[ranks[peer]] = _limit(data)
+            waiting[ranks[peer]] = _waits_at(data)
             if _ENDING in data:
                 _end("", ranks)
         if time.monotonic() < due:
@@ -270,6 +289,8 @@ def _beat_first(listener: socket.socket, token: bytes, hosts: list[str]) -> None
         _tell(ranks, own.sign())
         if reason := own.hangs():
             _end(f"rank 0 on {hosts[0]} {reason}", ranks)
+        if reason := _all_wait([own.waits_at, *waiting.values()], hosts):
+            _end(reason, ranks)
         for rank, at in heard.items():
             if woke - at > limits[rank]:
                 _end(_silent(rank, hosts[rank], woke - at), ranks)
@@ -296,8 +317,11 @@ def _beat_other(connection: socket.socket, hosts: list[str]) -> None:
         try:
             connection.send(own.sign())
             data = connection.recv(4096)
-        except OSError:  # nothing there, or rank 0 has ended
-            data = b""
+            ended = not data
+        except OSError as error:
+            data, ended = b"", not isinstance(error, BlockingIOError)
+        if ended:
+            first_ended.set()
         if data:
             heard, limit = woke, _limit(data)
         if _ENDING in data:
@@ -306,6 +330,26 @@ def _beat_other(connection: socket.socket, hosts: list[str]) -> None:
             _end(f"rank {hvd.rank()} on {hosts[hvd.rank()]} {reason}", {connection: 0})
         if woke - heard > limit + later:
             _end(_silent(0, hosts[0], woke - heard))
+
+
+def _waits_at(signs: bytes) -> str:
+    """Where the process waits that has sent these signs of life, by the last of them; empty: it does not wait."""
+    last = re.split(b"[%b%b]" % (_STARTING, _ALIVE), signs)[-1]
+    return last[1:].decode(errors="replace") if last.startswith(_WAITING) else ""
+
+
+def _all_wait(places: list[str], hosts: list[str]) -> str:
+    """What to say when every rank waits for others: no message that it waits for will ever come. Else empty.
+
+    A rank that computes, reads, validates, compiles or writes does not wait, however long it takes.
+    """
+    if not all(places):
+        return ""
+    other = next((rank for rank, place in enumerate(places) if place != places[0]), len(places) - 1)
+    return (
+        f"all ranks have waited for each other for {STILL:.0f} s, each for a message that not all of them send: rank 0 "
+        f"on {hosts[0]} at {places[0]}; rank {other} on {hosts[other]} at {places[other]}"
+    )
 
 
 def _limit(signs: bytes) -> float:

@@ -426,7 +426,12 @@ class Loader:
     def _read_here(self, batch: _Pending) -> None:
         while self._todo and self._todo[0][0] == batch.slot:
             slot, first, count = self._todo.popleft()
-            for sample, reason in self._decoder.fill(slot, first, count):
+            try:
+                replaced = self._decoder.fill(slot, first, count)
+            except InputError as error:
+                error.everywhere = False  # other ranks read other samples
+                raise
+            for sample, reason in replaced:
                 self._found_bad(slot, sample, reason)
             batch.left -= count
 

@@ -3,9 +3,6 @@
 In: a batch on the device. Out: its loss, and gradients that the strategy among the ranks has begun to average.
 """
 
-import logging
-
-import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,27 +14,12 @@ from job.hybrid import Hybrid, HybridPass
 from job.model import AlexNet
 from job.optim import LARS, FusedSGD, MomentumSGD, parameter_groups
 from job.parallel import Gradients, Weights
-from shards.cli import InputError
-
-log = logging.getLogger(__name__)
 
 
-def choose_kernels(config: Config, device: torch.device) -> str:
-    """`fast` or `plain`, from setting `kernels`; `auto` takes the fast ones where they run.
-
-    Raises:
-        InputError: `fast` is wanted and cannot run here.
-    """
-    if config.kernels == "plain":
-        return "plain"
-    reason = "--parallel hybrid has none" if config.parallel == "hybrid" else fast.unsupported(device)
-    if not reason:
-        return "fast"
-    if config.kernels == "fast":
-        raise InputError(f"--kernels fast: {reason}; use --kernels plain")
-    if device.type == "cuda" and hvd.rank() == 0:
-        log.warning("the plain kernels are used, at about a third of the speed: %s", reason)
-    return "plain"
+def set_precision(precision: str) -> None:
+    """Let the matrix units round float32 operands to TF32, in convolutions and matrix products, or not."""
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
 def set_determinism(wanted: bool) -> None:

@@ -27,7 +27,7 @@ WARMUP_STEPS = 10
 WARMUP_SHARE = 0.2
 # Steps that the rate on a terminal is the mean of, where the line is rewritten several times a second.
 RATE_STEPS = 20
-# A rank is slow from this many times the median on, measured over at least so many steps and seconds.
+# A rank is slow from this many times the median of the others on, measured over at least so many steps and seconds.
 SLOW, SLOW_STEPS, SLOW_SECONDS = 1.2, 5, 1.0
 
 
@@ -191,24 +191,27 @@ class Progress:
     def _compare(self, step: int, epoch: int, ranks: list[list[float]]) -> dict[str, float]:
         """The slowest rank of the last steps; a rank that has become slow is named in the log."""
         busy = [compute + wait for compute, wait, *_ in ranks]
-        median = statistics.median(busy)
+        # Each rank is compared with the others alone: of two ranks, the slower one would move the median of both.
+        medians = [statistics.median(busy[:rank] + busy[rank + 1 :] or busy) for rank in range(len(busy))]
         slowest = max(range(len(busy)), key=busy.__getitem__)
-        found = {"slowest_rank": slowest, "slowest_factor": round(busy[slowest] / median, 3) if median else 1.0}
+        factor = busy[slowest] / medians[slowest] if medians[slowest] else 1.0
+        found = {"slowest_rank": slowest, "slowest_factor": round(factor, 3)}
         memory, use = max(r[2] for r in ranks), [r[3] for r in ranks if r[3] >= 0]
         if memory:
             found["gpu_memory_bytes"] = int(memory)
         if use:
             found["gpu_utilisation"] = statistics.mean(use)
         slow: set[int] = set()
-        if self._recent.steps >= SLOW_STEPS and median >= SLOW_SECONDS:
-            slow = {rank for rank, seconds in enumerate(busy) if seconds > SLOW * median}
+        if self._recent.steps >= SLOW_STEPS:
+            both = enumerate(zip(busy, medians, strict=True))
+            slow = {rank for rank, (own, others) in both if others >= SLOW_SECONDS and own > SLOW * others}
         for rank in sorted(slow - self._slow):
             compute, wait = ranks[rank][:2]
-            share = busy[rank] / median - 1
+            share = busy[rank] / medians[rank] - 1
             self.log.warn(
-                f"rank {rank} on {self._hosts[rank]} is {share:.0%} slower than the median of the ranks over the "
+                f"rank {rank} on {self._hosts[rank]} is {share:.0%} slower than the median of the other ranks over the "
                 f"last {self._recent.steps} steps: computing {compute:.1f} s, waiting for data {wait:.1f} s; median "
-                f"{median:.1f} s"
+                f"{medians[rank]:.1f} s"
             )
             about = {"rank": rank, "host": self._hosts[rank], "slower": round(share, 3)}
             self.log.write("event", step + 1, epoch, event="slow rank", **about)

@@ -1,6 +1,6 @@
-"""This process among its ranks: its device and threads, what it shares with the others, and how it leaves.
+"""This process among its ranks: what it shares with the others, how it is stopped, and how it leaves.
 
-In: Horovod, initialised. Out: the rank's device, small sums over ranks that cost no waiting, exit codes of the job.
+In: Horovod, initialised. Out: small sums over ranks that cost no waiting, exit codes of the job.
 """
 
 import contextlib
@@ -16,8 +16,15 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from shards.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, InputError, drop_output, launched_rank
-from shards.cores import cores_given
+from shards.cli import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    InputError,
+    drop_output,
+    launched_rank,
+    lone_process,
+)
 from shards.progress import on_terminal
 
 try:
@@ -42,26 +49,6 @@ class Stopped(Exception):
 
 class Failed(Exception):
     """The run cannot go on, or has not kept all that it should have; the message says what the user must know."""
-
-
-def pick_device(wanted: str) -> torch.device:
-    """The device of this rank: GPU number local_rank, or the CPU with this rank's share of the cores.
-
-    Raises:
-        InputError: `cuda` is wanted and there is no GPU for this rank.
-    """
-    gpus = torch.cuda.device_count()
-    if wanted == "cuda" and gpus <= hvd.local_rank():
-        found = f"{gpus} GPU{'s' * (gpus != 1)} visible on {socket.gethostname()}"
-        raise InputError(
-            f"--device cuda: {found}, {hvd.local_size()} ranks there; start one rank a GPU, or use --device cpu"
-        )
-    if wanted != "cpu" and gpus > hvd.local_rank():
-        torch.cuda.set_device(hvd.local_rank())
-        return torch.device("cuda", hvd.local_rank())
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(cores_given(hvd.local_size()).count)
-    return torch.device("cpu")
 
 
 class StepReports:
@@ -157,12 +144,8 @@ def run_ranks(main: Callable[[], None]) -> NoReturn:
         # only when that is over, and the next batch is copied later still. 2 H100, batch 2 x 512: see PERFORMANCE.md.
         os.environ.setdefault("HOROVOD_ENABLE_ASYNC_COMPLETION", "1")
     hvd.init()
-    launched = int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1))
-    if launched > 1 and hvd.size() == 1:
-        raise InputError(
-            f"mpirun started {launched} ranks and Horovod sees {hvd.size()}: it was built for another MPI; load the "
-            f"MPI it was built with, or build it anew with bash slurm/install.sh --rebuild"
-        )
+    if not heartbeat.ELASTIC and (problem := lone_process(hvd.size(), "Horovod")):
+        raise InputError(problem)
     where = f"rank {hvd.rank()} on {socket.gethostname()}"
     logging.basicConfig(
         format=f"%(levelname)s: {where}: %(message)s" if hvd.size() > 1 else "%(levelname)s: %(message)s"
@@ -177,6 +160,8 @@ def run_ranks(main: Callable[[], None]) -> NoReturn:
     except InputError as error:
         if error.everywhere and hvd.rank() > 0:
             _await_end()  # rank 0 says it
+            if heartbeat.first_ended.is_set():  # it has, under a launcher that lets the others go on
+                leave(EXIT_BAD_INPUT)
         alone = hvd.size() == 1 or error.everywhere and hvd.rank() == 0
         print(f"error: {error}" if alone else f"error: {where}: {error}", file=sys.stderr)
         leave(EXIT_BAD_INPUT)

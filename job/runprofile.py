@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from job.config import Config
 from job.timing import SECTIONS, StepTimer
+from shards.caches import file_system
 from shards.split import Split, is_remote
 
 _HOST_BYTES = 64  # of a host name, gathered as a tensor like the rest
@@ -176,17 +177,7 @@ def _file_system(data: str) -> str:
     """Kind of the file system in which the data lie."""
     if is_remote(data):
         return data.partition("://")[0]
-    path, best, kind = os.path.realpath(data), "", "unknown"
-    try:
-        with open("/proc/mounts", encoding="utf-8") as file:
-            mounts = [line.split()[1:3] for line in file]
-    except OSError:
-        return kind
-    for place, name in mounts:
-        inside = path == place or path.startswith(place.rstrip("/") + "/")
-        if inside and len(place) >= len(best):
-            best, kind = place, name
-    return kind
+    return file_system(data)
 
 
 def _commit() -> str:

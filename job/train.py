@@ -26,6 +26,7 @@ def train(config: settings.Config, memory) -> None:
 
     from job import heartbeat
     from job import synthetic as synthetic_data
+    from job.agree import agree, split_facts
     from job.augment import load_mean, to_device
     from job.checkpoint import CheckpointWriter
     from job.evaluate import validate
@@ -33,9 +34,9 @@ def train(config: settings.Config, memory) -> None:
     from job.model import build
     from job.optim import learning_rate
     from job.parallel import make_strategy
-    from job.passes import choose_kernels, make_optimizer, make_pass, set_determinism
+    from job.passes import make_optimizer, make_pass, set_determinism, set_precision
     from job.progress import Progress
-    from job.ranks import Failed, Stopped, pick_device, stop_signals
+    from job.ranks import Failed, Stopped, stop_signals
     from job.resume import find_resume, fingerprint, restore
     from job.runlog import RunLog
     from job.runprofile import run_profile
@@ -47,14 +48,19 @@ def train(config: settings.Config, memory) -> None:
     stop = stop_signals()
     stop.orderly = True
 
-    # Horovod: pin this rank to its GPU.
-    device = pick_device(config.device)
-
-    # The data, and what follows from it for all ranks.
     synthetic = config.data == synthetic_data.NAME
-    split = synthetic_data.synthetic_split(config.model.classes) if synthetic else load_split(config.data, "train")
-    val_split = load_split(config.data, "val") if config.eval_every and not synthetic else None
-    check_data(config, split, val_split, world_size)
+
+    def open_data():
+        """The splits for training and validation; what all ranks must see alike."""
+        split = synthetic_data.synthetic_split(config.model.classes) if synthetic else load_split(config.data, "train")
+        val_split = load_split(config.data, "val") if config.eval_every and not synthetic else None
+        check_data(config, split, val_split, world_size)
+        facts = {} if synthetic else split_facts(split, val_split)
+        return (split, val_split), facts | {"classes": str(config.model.classes or len(split.classes))}
+
+    # The data; and Horovod: pin this rank to its GPU.
+    agreed = agree(settings.to_flat(config), open_data)
+    device, kernels, (split, val_split) = agreed.device, agreed.kernels, agreed.found
     config.model.classes = config.model.classes or len(split.classes)
     batch, nsamples = config.global_batch, split.nsamples
     total_steps = math.ceil(config.epochs * nsamples / batch)
@@ -78,8 +84,8 @@ def train(config: settings.Config, memory) -> None:
 
     # The network, its optimizer and the way in which ranks act together.
     model = build(config).to(device)
-    kernels = choose_kernels(config, device)
     set_determinism(config.deterministic)
+    set_precision(config.precision)
     optimizer = make_optimizer(config, model, kernels)
     strategy = make_strategy(config, model, optimizer, autograd=kernels == "plain")
     optimizer = strategy.optimizer

@@ -182,7 +182,9 @@ def page(about: dict[str, Any]) -> str:
     if about["data_wait_fraction"] is not None:
         rows.append(("waiting for data", f"{about['data_wait_fraction']:.1%}"))
     if about["slowest_rank"] is not None and about["ranks"] > 1:
-        rows.append(("slowest rank", f"{about['slowest_rank']}, {about['slowest_factor']:.2f} times the median"))
+        rows.append(
+            ("slowest rank", f"{about['slowest_rank']}, {about['slowest_factor']:.2f} times the median of others")
+        )
     if about["slow_ranks"]:
         rows.append(("was slow", printable(", ".join(about["slow_ranks"][-3:]))))
     if about["gpu_memory_bytes"]:

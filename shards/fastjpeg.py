@@ -16,6 +16,8 @@ import subprocess
 import tempfile
 import threading
 
+from shards.caches import cache_folder
+
 _SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "jpeg.c")
 _FLAGS = ("-O3", "-mavx2", "-mbmi2", "-shared", "-fPIC")
 _PROCESSOR = {"avx2", "bmi2"}  # what it must have, as /proc/cpuinfo calls it
@@ -33,7 +35,7 @@ def _find() -> tuple[ctypes.CDLL | None, str]:
     """The library, compiled if need be, and otherwise the reason for which there is none."""
     try:
         _check_processor()
-        path = _path()
+        path = library_path()
         if not os.path.exists(path):
             _compile(path)
         if os.stat(path).st_uid not in (os.getuid(), 0):
@@ -126,14 +128,16 @@ def _check_processor() -> None:
         raise _Missing(f"this processor has no {' and no '.join(sorted(lacking))}")
 
 
-def _path() -> str:
+def library_path() -> str:
     """Where the library of this source is kept. Its name tells apart what machines that share a home folder need."""
     with open(_SOURCE, "rb") as file:
         source = file.read()
     about = repr((_FLAGS, platform.machine(), platform.libc_ver()))
     key = hashlib.sha256(source + about.encode()).hexdigest()[:16]
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.environ.get("HOME") or "/tmp", ".cache")
-    return os.path.join(home, "alexnet-horovod", f"jpeg-{key}.so")
+    wanted, name = os.path.join(home, "alexnet-horovod"), f"jpeg-{key}.so"
+    made = os.path.join(wanted, name)  # perhaps on another node, and this one may only read it
+    return made if os.path.exists(made) else os.path.join(cache_folder(wanted, "jpeg"), name)
 
 
 def _compile(path: str) -> None:

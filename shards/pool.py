@@ -13,14 +13,15 @@ import time
 import traceback
 from collections.abc import Callable
 
-from shards.cli import InputError
+from shards.cli import InputError, lone_process
 from shards.write import Job, Packer
 
 Task = tuple[int, int]  # number of the job, number of the shard
 _REPORT_SECONDS = 0.5  # between two reports of a worker
 _STOP_SECONDS = 30.0  # in which a worker that was told to stop must have done so
 _POLL_SECONDS = 0.01  # between two looks at MPI, which has no waiting without spinning
-_LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_SIZE", "PMI_RANK")  # set by mpirun, mpiexec, srun --mpi
+# Set by mpirun, mpiexec, srun --mpi.
+_LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_SIZE", "PMI_RANK")
 
 
 class WorkerError(Exception):
@@ -274,20 +275,25 @@ def mpi_world(workers_given: bool):
     """The communicator of an MPI job of several ranks, or None without one.
 
     Raises:
-        InputError: mpi4py is missing, or --workers was given as well.
+        InputError: mpi4py is missing or of another MPI than the launcher, or --workers was given as well.
     """
+    several = lone_process(1, "mpi4py")
     if not any(variable in os.environ for variable in _LAUNCHED):
+        if several:
+            raise InputError(several)
         return None
     try:
         from mpi4py import MPI
     except ImportError as error:
-        if int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1) == 1:
+        if not several:
             return None
         raise InputError(
             f"started as several MPI processes, but mpi4py does not work ({error}); install it, or start one process "
             "with --workers N"
         ) from None
     if MPI.COMM_WORLD.size == 1:
+        if several:
+            raise InputError(several)
         return None
     if workers_given:
         raise InputError("--workers is for one process; under mpirun the number of ranks says how many pack (-np N)")

@@ -69,13 +69,12 @@ def four_ranks(monkeypatch):
     import horovod.torch as hvd
     import torch
 
-    from job import passes, ranks
+    from job import agree
 
     for name, value in (("size", 4), ("rank", 0), ("barrier", None)):
         monkeypatch.setattr(hvd, name, lambda value=value: value)
     monkeypatch.setattr(hvd, "broadcast_object", lambda value, name: value)
-    monkeypatch.setattr(ranks, "pick_device", lambda wanted: torch.device("cpu"))
-    monkeypatch.setattr(passes, "choose_kernels", lambda *_: "plain")
+    monkeypatch.setattr(agree, "agree", lambda settings: agree.Agreed(torch.device("cpu"), "plain", None))
     return hvd
 
 

@@ -506,6 +506,17 @@ def test_shard_that_fails_while_training_is_named(tmp_path, monkeypatch, workers
     assert not caught.value.everywhere  # one rank alone may meet it: it must speak for itself
 
 
+def test_an_error_of_reading_in_the_rank_itself_is_its_own(tmp_path, monkeypatch):
+    def fill(*arguments):
+        raise InputError("train-000000.tar has a sample without an image")
+
+    with make(write_split(tmp_path, [100], 64), workers=0) as loader:
+        monkeypatch.setattr(loader._decoder, "fill", fill)
+        with pytest.raises(InputError, match="without an image") as caught:
+            next(loader)
+    assert not caught.value.everywhere
+
+
 def test_missing_shard_is_found_before_training(tmp_path):
     split = write_split(tmp_path, [5, 5])
     os.unlink(split.path(split.shards[1].url))

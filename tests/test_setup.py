@@ -16,6 +16,7 @@ import pytest
 import build_horovod
 import install_steps
 from job import doctor
+from shards import caches
 from shards.cli import InputError
 from shards.split import load_split
 from tests.cluster import Cluster
@@ -608,6 +609,16 @@ def test_doctor_finds_a_driver_that_torch_cannot_use(bare_path):
     assert statuses(too_old)["gpu"] == "wrong" and "driver is too old" in too_old[1].text
     assert statuses(doctor.check_torch(TORCH | {"cuda": "", "gpus": []}))["gpu"] == "wrong"
     assert statuses(doctor.check_torch({"error": "libcudart.so.13 not found"})) == {"torch": "wrong"}
+
+
+def test_doctor_says_what_compute_nodes_lack(monkeypatch):
+    assert statuses(doctor.check_caches(gpu=True)) == {"compiler": "ok", "caches": "ok"}
+    monkeypatch.setattr(caches, "triton_lacks", lambda: "Triton needs a C compiler")
+    monkeypatch.setenv("HOME", "/proc")
+    compiler, kept = doctor.check_caches(gpu=True)
+    assert compiler.status == "slow" and "Triton needs a C compiler" in compiler.text and "gcc" in compiler.advice
+    assert kept.status == "slow" and "HOME cannot be written" in kept.text
+    assert doctor.check_caches(gpu=False)[0].status == "ok"  # training there takes no such kernels
 
 
 def test_doctor_finds_what_is_slow(demo_data, monkeypatch, tmp_path):

@@ -262,7 +262,7 @@ def test_ranks_do_not_outlive_a_launcher_that_was_killed(demo_data, tmp_path, gl
 def test_slow_is_not_hanging(monkeypatch):
     clock, value, place = [1000.0], [0], ["train.py:1, train"]
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(heartbeat, "_main_thread", lambda: place[0])
+    monkeypatch.setattr(heartbeat, "_main_thread", lambda: (place[0] or "train.py:9", None if place[0] else 1))
     heartbeat.watch(lambda: value[0], lambda reason: None)
     own = heartbeat._Own()
 
