@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from shards.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, InputError, drop_output, launched_rank
+from shards.cli import EXIT_INTERRUPTED, EXIT_STOPPED, InputError, drop_output, launched_rank
 from shards.cores import cores_given
 from shards.progress import on_terminal
 
@@ -179,7 +179,7 @@ def run_ranks(main: Callable[[], None]) -> NoReturn:
             _await_end()  # rank 0 says it
         alone = hvd.size() == 1 or error.everywhere and hvd.rank() == 0
         print(f"error: {error}" if alone else f"error: {where}: {error}", file=sys.stderr)
-        leave(EXIT_BAD_INPUT)
+        leave(error.exit_code)
     except Failed as error:
         if hvd.rank() == 0:
             print(f"error: {error}", file=sys.stderr)
