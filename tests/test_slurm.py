@@ -39,7 +39,7 @@ def cluster(request):
         yield cluster
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hosts(cluster):
     """The cluster, where its nodes are hosts with names and addresses of their own."""
     if cluster.form != "hosts":
