@@ -7,7 +7,6 @@ Exit codes: 0 copied, 2 a file is missing, 3 the disk is too small.
 
 import argparse
 import concurrent.futures
-import datetime
 import errno
 import fcntl
 import json
@@ -16,14 +15,13 @@ import shutil
 import socket
 import sys
 import threading
-import time
 
 from shards.cli import InputError, Parser, run
+from shards.progress import Progress
 from shards.split import idx_path, is_remote, load_fields, parse_split, write_whole
 
 STREAMS = 8  # files at a time: a single one does not fill a parallel file system
 CHUNK = 8 << 20
-SHOW_SECONDS = 10.0
 EXIT_NO_ROOM = 3
 GIB = 1 << 30
 
@@ -119,24 +117,19 @@ def copy(files: dict[str, str], dest: str, host: str) -> int:
 
 
 class Counter:
-    """Bytes copied so far, and a line on them every 10 s from the first node."""
+    """Bytes copied so far; the first node shows them."""
 
     def __init__(self, total: int):
-        self.total, self.done, self.stop = total, 0, False
-        self._start = self._shown = time.monotonic()
+        self.done, self.stop = 0, False
         self._lock = threading.Lock()
+        first = os.environ.get("SLURM_PROCID", "0") == "0"
+        self._progress = Progress(total >> 20, "MiB", "copying shards") if first else None
 
     def add(self, count: int) -> None:
         with self._lock:
-            self.done += count
-            now = time.monotonic()
-            if now - self._shown < SHOW_SECONDS or os.environ.get("SLURM_PROCID", "0") != "0":
-                return
-            self._shown = now
-            rate = self.done / (now - self._start)
-            left = datetime.timedelta(seconds=round((self.total - self.done) / rate))
-            part = f"{self.done / GIB:.1f}/{self.total / GIB:.1f} GiB ({self.done / self.total:.0%})"
-            print(f"copying {part}, {rate / GIB:.2f} GiB/s, {left} left", flush=True)
+            before, self.done = self.done >> 20, self.done + count
+            if self._progress:
+                self._progress.add((self.done >> 20) - before)
 
 
 def _copy_file(source: str, target: str, wanted: os.stat_result, counter: Counter) -> None:

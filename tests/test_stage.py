@@ -12,6 +12,7 @@ import sys
 import pytest
 
 import stage
+from shards import progress
 from shards.split import load_split
 from tests.launch import ROOT
 
@@ -108,11 +109,9 @@ def test_the_second_job_on_a_node_waits_for_the_first(data, tmp_path):
 
 def test_progress_names_bytes_rate_and_what_is_left(monkeypatch, capsys):
     now = 0.0
-    monkeypatch.setattr(stage.time, "monotonic", lambda: now)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     counter = stage.Counter(100 << 30)
-    for now in (5.0, 10.0, 12.0, 20.0):  # noqa: B007
+    for now in (1.0, 6.0, 11.0):  # noqa: B007
         counter.add(5 << 30)
-    assert capsys.readouterr().out.splitlines() == [
-        "copying 10.0/100.0 GiB (10%), 1.00 GiB/s, 0:01:30 left",
-        "copying 20.0/100.0 GiB (20%), 1.00 GiB/s, 0:01:20 left",
-    ]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(" copying shards 15,360/102,400 MiB 1,024 MiB/s ETA 0:01:25")
