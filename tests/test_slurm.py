@@ -159,7 +159,7 @@ def test_ranks_follow_the_gpus_of_a_node_and_are_bound_to_cores_of_their_own(clu
     )
     words = ["-o", str(log), "-N1", "--exclusive", "--gpus-per-node=2", str(show), str(ROOT)]
     cluster.wait_state(cluster.sbatch(*words, cwd=tmp_path), "COMPLETED", 60)
-    assert "2 ranks on 1 nodes" in log.read_text() and "1 GPUs a rank" in log.read_text()
+    assert "2 ranks on 1 nodes" in log.read_text() and "and 1 GPUs" in log.read_text()
     cores = [line.split()[1] for line in log.read_text().splitlines() if line.startswith("Cpus_allowed_list")]
     assert len(cores) == 2 and (cores[0] != cores[1] or os.cpu_count() == 1), log.read_text()
 
