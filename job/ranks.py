@@ -164,7 +164,7 @@ def run_ranks(main: Callable[[], None]) -> NoReturn:
                 leave(EXIT_BAD_INPUT)
         alone = hvd.size() == 1 or error.everywhere and hvd.rank() == 0
         print(f"error: {error}" if alone else f"error: {where}: {error}", file=sys.stderr)
-        leave(EXIT_BAD_INPUT)
+        leave(error.exit_code)
     except Failed as error:
         if hvd.rank() == 0:
             print(f"error: {error}", file=sys.stderr)

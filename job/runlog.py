@@ -4,17 +4,16 @@ In: values of steps and validations. Out: metrics.jsonl, tensorboard/, config.ya
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
-import socket
 import sys
 import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
 from shards.cli import InputError, drop_output
+from shards.lock import hold
 from shards.progress import Line
 from shards.split import write_whole
 
@@ -25,25 +24,10 @@ _locks: dict[str, TextIO] = {}  # folders that this process holds
 
 
 def lock(folder: str, instead: str) -> None:
-    """Refuse a folder in which another job is at work. The lock goes with its process, also over NFS.
-
-    Raises InputError that names the other and `instead`, the option that names another folder; OSError.
-    """
+    """Hold a folder until this process ends. Raises InputError and OSError as shards.lock.hold does."""
     path = os.path.abspath(os.path.join(folder, ".lock"))
-    if path in _locks:  # in elastic training a process comes back to its run
-        return
-    file = open(path, "a+", encoding="utf-8")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        owner = file.read().strip() or "another process"
-        raise InputError(f"{folder} is in use by {owner}; wait for it, or choose another {instead}") from None
-    job = os.environ.get("SLURM_JOB_ID")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}\n")
-    file.flush()
-    _locks[path] = file  # closing it would end the lock
+    if path not in _locks:  # in elastic training a process comes back to its run
+        _locks[path] = hold(path, folder, instead)
 
 
 class RunLog:

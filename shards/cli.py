@@ -33,6 +33,8 @@ class InputError(Exception):
     rank 0 need speak. An error that one rank alone meets (a damaged shard) is raised with everywhere=False.
     """
 
+    exit_code = EXIT_BAD_INPUT
+
     def __init__(self, message: str, everywhere: bool = True):
         super().__init__(short(printable(" ".join(message.split())), _LONGEST_MESSAGE))
         self.everywhere = everywhere
@@ -165,7 +167,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         else:
             # The launcher ends all ranks as soon as one has failed: rank 0 must have spoken before that.
             time.sleep(_RANK0_SPEAKS_SECONDS)
-        code = EXIT_BAD_INPUT
+        code = error.exit_code
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         drop_output()
         code = 1

@@ -5,18 +5,16 @@ mean.npy, the same bytes for the same seed whatever the number of processes. Sto
 """
 
 import argparse
-import contextlib
 import dataclasses
-import errno
-import fcntl
 import io
 import json
 import os
 import sys
 import zlib
-from collections.abc import Iterator
+from typing import TextIO
 
 from shards.cli import InputError, Parser, run
+from shards.lock import hold
 
 DESCRIPTION = """\
 Pack images into shuffled WebDataset shards, in parallel. SOURCE is one of
@@ -213,23 +211,12 @@ def _check_apart(source: str, found, dest: str) -> None:
             raise InputError(f"DEST {dest} lies among the class folders of {path}; choose a folder outside it")
 
 
-@contextlib.contextmanager
-def _lock(dest: str) -> Iterator[None]:
-    """Only one pack at a time in DEST. The lock ends with the process, however that ends."""
-    path = os.path.join(dest, ".pack", "lock")
+def _lock(dest: str) -> TextIO:
+    """Only one pack at a time in DEST, until the file that this returns is closed, or this process ends."""
     try:
-        file = open(path, "w")
+        return hold(os.path.join(dest, ".pack", "lock"), dest, "DEST")
     except OSError as error:
         raise InputError(f"cannot write to {dest}: {error.strerror}") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise InputError(f"another shards.pack is writing to {dest}; wait for it, or choose another") from None
-            # Some parallel file systems are mounted without locks.
-            print(f"note: {dest} knows no file locks; do not pack into it twice at once", file=sys.stderr)
-        yield
 
 
 def prepare(items, dest: str, arguments, options):

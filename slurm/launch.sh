@@ -8,6 +8,8 @@ fail() {
     exit 2
 }
 
+# Scripts of modules and of conda use variables that are not set; bash before 4.4 takes an empty array for one.
+set +u
 # shellcheck source-path=SCRIPTDIR source=site.sh
 source "$repository/slurm/site.sh"
 export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
@@ -15,7 +17,7 @@ export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 source "$repository/slurm/activate.sh"
 case $LAUNCHER in
     "" | mpirun | srun | horovodrun) ;;
-    *) fail "LAUNCHER=$LAUNCHER is none of mpirun, srun, horovodrun; mend slurm/site.sh, or leave it empty" ;;
+    *) fail "LAUNCHER=$LAUNCHER is not one of mpirun, srun, horovodrun; correct slurm/site.sh, or leave it empty" ;;
 esac
 
 # This job to scontrol. The number alone can mean all tasks of an array.
@@ -26,12 +28,40 @@ job=${job:-$SLURM_JOB_ID}
 export SLURM_EXPORT_ENV=ALL
 nodes=$SLURM_JOB_NUM_NODES
 gpus=${SLURM_GPUS_ON_NODE:-0}
-per_node=${RANKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-$((gpus > 1 ? gpus : 1))}}
-ranks=$((nodes * per_node))
-cpus=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / per_node))}
-cpus=$((cpus > 0 ? cpus : 1))
+
+# Tasks per node, where the user asked for any: Slurm writes 4(x2) for four on each of two nodes, 5,3 for uneven ones.
+# shellcheck disable=SC2153
+tasks=${SLURM_NTASKS_PER_NODE%%(*}
+if [ -z "$tasks" ] && [ "${SLURM_NTASKS:-}" ] && [ -z "$RANKS_PER_NODE" ]; then
+    tasks=${SLURM_TASKS_PER_NODE%%(*}
+    [[ $SLURM_TASKS_PER_NODE != *,* ]] ||
+        fail "Slurm placed $SLURM_NTASKS tasks as $SLURM_TASKS_PER_NODE on $SLURM_JOB_NODELIST, and each node must have as many; use sbatch --nodes=$nodes --ntasks-per-node=N"
+fi
+# Ranks per node: as asked for, else one per GPU, else one.
+per_node=${RANKS_PER_NODE:-${tasks:-$((gpus > 1 ? gpus : 1))}}
+[[ $per_node =~ ^[1-9][0-9]*$ ]] || fail "RANKS_PER_NODE=$per_node is not a number above 0; correct slurm/site.sh, or leave it empty"
+all_gpus=${SLURM_GPUS##*:} # of --gpus=N
+if ((gpus && ${all_gpus:-gpus * nodes} != gpus * nodes)); then
+    fail "Slurm placed $all_gpus GPUs on $nodes nodes, $gpus of them on $SLURMD_NODENAME, and each node must have as many; use sbatch --nodes=$nodes --gpus-per-node=N"
+fi
+# The smallest node counts, as in "8(x2),4".
+node_cpus=$(tr , '\n' <<<"${SLURM_JOB_CPUS_PER_NODE:-$SLURM_CPUS_ON_NODE}" | sort -n | head -n 1)
+node_cpus=${node_cpus%%(*}
+share_node() { # ranks and cores, for $per_node ranks on each node
+    ranks=$((nodes * per_node))
+    cpus=$((node_cpus / per_node))
+    cpus=$((${SLURM_CPUS_PER_TASK:-cpus} < cpus ? SLURM_CPUS_PER_TASK : cpus))
+    cpus=$((cpus > 0 ? cpus : 1))
+}
+share_node
+# What was asked for per task or GPU holds for ranks no more; some versions of srun refuse it beside --cpus-per-task. So
+# steps, and mpirun's daemons, see all GPUs of the job on their node.
+unset SLURM_CPUS_PER_GPU SLURM_NTASKS_PER_GPU SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
 
 if [ "$NETWORK_INTERFACE" ]; then
+    for name in ${NETWORK_INTERFACE//,/ }; do
+        grep -q "^ *${name%%:*}:" /proc/net/dev || fail "NETWORK_INTERFACE=$NETWORK_INTERFACE: no $name on $(hostname), which has$(sed -n 's/^ *\([^ :]*\):.*/ \1/p' /proc/net/dev | tr -d '\n')"
+    done
     export NCCL_SOCKET_IFNAME=$NETWORK_INTERFACE HOROVOD_GLOO_IFACE=$NETWORK_INTERFACE
     export OMPI_MCA_btl_tcp_if_include=$NETWORK_INTERFACE PRTE_MCA_prte_if_include=$NETWORK_INTERFACE
 fi
@@ -71,6 +101,7 @@ use() {
             # Ranks of a failed job have 20 seconds to end with their own exit codes.
             launch=(srun "--mpi=$SRUN_MPI" --kill-on-bad-exit=0 --wait=20 --nodes="$nodes" --ntasks="$ranks"
                 --ntasks-per-node="$per_node" --cpus-per-task="$cpus" --cpu-bind=cores)
+            ((node_cpus >= per_node)) || launch+=(--overcommit)
             ;;
         horovodrun)
             hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/:$per_node/" | paste -sd,)
@@ -87,11 +118,8 @@ try() {
     use "$1"
     local check='from mpi4py import MPI; import sys; n = MPI.COMM_WORLD.size
 if n != int(sys.argv[1]): sys.exit(f"{sys.argv[1]} ranks were started, MPI sees {n}: launcher and MPI do not belong together")'
-    if [ "$1" = horovodrun ]; then
-        local host
-        for host in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
-            [ "$host" = "$SLURMD_NODENAME" ] || timeout 20 ssh -o BatchMode=yes "$host" true 2>&1 || return 1
-        done
+    if [ "$1" = horovodrun ]; then # as training does it: login shells differ
+        timeout 120 "${launch[@]}" "${PYTHON[@]}" -c pass 2>&1
     else
         timeout 120 "${launch[@]}" "${PYTHON[@]}" -c "$check" "$ranks" 2>&1
     fi
@@ -104,7 +132,9 @@ find_launcher() {
         if why=$(try "$name"); then
             use "$name"
             LAUNCHER=$name
-            say "$ranks ranks on $nodes nodes by $name, $per_node a node, $cpus CPUs and $((gpus / per_node)) GPUs a rank"
+            say "$ranks ranks on $nodes nodes by $name, $per_node per node, each with $cpus CPUs and $((gpus / per_node)) GPUs"
+            ((node_cpus >= per_node)) || say "warning: $per_node ranks share $node_cpus CPUs; use --cpus-per-gpu or --cpus-per-task"
+            ((gpus <= per_node)) || say "warning: a rank uses one GPU; for all $gpus of a node, set RANKS_PER_NODE=$gpus"
             return
         fi
         why=$(grep -vE '^[ -]*$' <<<"$why" | head -n 12)
@@ -156,7 +186,7 @@ on_signal() {
     say "got SIG$1"
     if [ -z "${pid:-}" ]; then
         return
-    elif [ "$LAUNCHER" = horovodrun ]; then
+    elif [ "$LAUNCHER" = horovodrun ] && [ ! "${staging:-}" ]; then
         # It would end at once. Its ranks on this node get the signal from here and tell the others.
         grep -lsz "^SLURM_JOB_ID=$SLURM_JOB_ID\$" /proc/[0-9]*/environ | xargs -r grep -lsz '^HOROVOD_RANK=' |
             cut -d/ -f3 | xargs -r kill -USR1
@@ -184,16 +214,22 @@ lost_nodes() {
 # Does Slurm take the nodes away for another job? Then it has sent SIGTERM, but we are to come back.
 preempted() { scontrol show job "$job" | grep -q 'PreemptTime=[0-9]'; }
 
-# STAGE=1: each node copies the folder of --data to its own disk.
+# STAGE=1: each node copies the shards of --data to its own disk. `code` is 0 where training can begin: also without
+# copies, when a disk has no room for them.
 stage_data() {
     find_data
     say "copying $data to $staged on $nodes nodes"
-    srun --mpi=none --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 bash "$repository/slurm/stage.sh" "$data" "$staged"
-}
-
-use_staged_data() {
-    find_data
-    options+=(--data "$staged")
+    staging=1
+    attend srun --mpi=none --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 \
+        "${PYTHON[@]}" "$repository/slurm/stage.py" "$data" "$staged"
+    staging=
+    if [ "$code" = 0 ]; then
+        say "copied"
+        options+=(--data "$staged")
+    elif [ "$code" = 3 ]; then
+        say "warning: no copies, for a disk is too small; training reads $data itself"
+        code=0
+    fi
 }
 
 find_data() {
@@ -213,4 +249,16 @@ option() {
         esac
     done
     printf '%s' "$value"
+}
+
+# requeue_job WHY: let Slurm start this job again, unless it has been started often enough.
+requeue_job() {
+    local limit=${MAX_REQUEUES:-100} # 0: never
+    if ((${SLURM_RESTART_COUNT:-0} >= limit)); then
+        say "$1; not requeued, for MAX_REQUEUES=$limit"
+        return
+    fi
+    say "$1; requeueing"
+    scontrol requeue "$job" || say "Slurm does not requeue this job (sbatch --no-requeue, or JobRequeue=0 of the cluster);" \
+        "submit the same command again, or chain jobs with sbatch --dependency=singleton"
 }

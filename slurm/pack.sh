@@ -10,7 +10,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=pack-%j.out
 
-set -uo pipefail
+set -o pipefail
 # Slurm runs a copy of this script; it knows where the original lies.
 command=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null | sed -n 's/^ *Command=//p' | head -n 1)
 repository=${command%/slurm/pack.sh*}
@@ -21,8 +21,11 @@ fi
 # shellcheck source-path=SCRIPTDIR source=launch.sh
 source "$repository/slurm/launch.sh"
 
-per_node=${SLURM_NTASKS_PER_NODE:-$SLURM_CPUS_ON_NODE} # GPUs do not count here
-ranks=$((nodes * per_node)) cpus=1
+per_node=${tasks:-$node_cpus} # GPUs do not count here
+share_node
 [ "$LAUNCHER" != horovodrun ] || LAUNCHER= # these ranks talk through MPI
 find_launcher mpirun srun
-exec "${launch[@]}" "${PYTHON[@]}" -m shards.pack "$@"
+"${launch[@]}" "${PYTHON[@]}" -m shards.pack "$@"
+code=$?
+[ "$code" != 75 ] || requeue_job "stopped"
+exit "$code"

@@ -13,9 +13,9 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=train-%j.out
-max_requeues=${MAX_REQUEUES:-100} # 0: never requeue; chain parts with sbatch --dependency=singleton instead
+# MAX_REQUEUES=0 sbatch ...: never requeue (default: 100 times); chain parts with sbatch --dependency=singleton instead
 
-set -uo pipefail
+set -o pipefail
 # Slurm runs a copy of this script; it knows where the original lies.
 command=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null | sed -n 's/^ *Command=//p' | head -n 1)
 repository=${command%/slurm/train.sh*}
@@ -38,12 +38,11 @@ trap 'on_signal USR1' USR1
 trap 'on_signal TERM' TERM
 
 find_launcher mpirun srun horovodrun
-code=75
-if [ "${STAGE:-}" = 1 ]; then
-    attend stage_data || exit
-    use_staged_data
-fi
-if [ -z "$stop" ]; then
+code=0
+[ "${STAGE:-}" != 1 ] || stage_data
+if [ "$stop" ]; then
+    code=75
+elif [ "$code" = 0 ]; then
     attend "${launch[@]}" "${PYTHON[@]}" -m job.train "${options[@]}"
 fi
 trap '' USR1 TERM
@@ -54,7 +53,7 @@ trap '' USR1 TERM
 again=
 case $code in
     0 | 2) ;;
-    75) again="stopped, checkpoint written" ;;
+    75) again="stopped" ;; # with a checkpoint, or before the first step
     *)
         [ "$stop" = USR1 ] && again="stopped with exit code $code" || again=$(lost_nodes)
         # A rank that hung on a node that answers: the run has noted it.
@@ -62,10 +61,5 @@ case $code in
         ;;
 esac
 [ "$stop" = TERM ] && ! preempted && again=
-if [ "$again" ] && ((${SLURM_RESTART_COUNT:-0} >= max_requeues)); then
-    say "$again; not requeued, for MAX_REQUEUES=$max_requeues"
-elif [ "$again" ]; then
-    say "$again; requeueing"
-    scontrol requeue "$job"
-fi
+[ -z "$again" ] || requeue_job "$again"
 exit "$code"

@@ -1,7 +1,10 @@
 """The job scripts on a real Slurm cluster of this machine (tests/cluster.py): they start ranks with every launcher, and
 a training run goes on, with nothing lost, through time limits, preemption, requeues and lost nodes."""
 
+import fcntl
+import hashlib
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -36,7 +39,7 @@ def cluster(request):
         yield cluster
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hosts(cluster):
     """The cluster, where its nodes are hosts with names and addresses of their own."""
     if cluster.form != "hosts":
@@ -137,7 +140,7 @@ def losses():
     return []
 
 
-@pytest.mark.parametrize(("nodes", "tasks"), [(1, 2), (4, 1)])
+@pytest.mark.parametrize(("nodes", "tasks"), [(1, 2), pytest.param(4, 1, marks=pytest.mark.long)])
 def test_training_is_the_same_on_1_and_4_nodes(cluster, submit, losses, nodes, tasks):
     job = submit(f"-N{nodes}", f"--ntasks-per-node={tasks}", steps=6)
     job.wait_end("COMPLETED")
@@ -156,7 +159,7 @@ def test_ranks_follow_the_gpus_of_a_node_and_are_bound_to_cores_of_their_own(clu
     )
     words = ["-o", str(log), "-N1", "--exclusive", "--gpus-per-node=2", str(show), str(ROOT)]
     cluster.wait_state(cluster.sbatch(*words, cwd=tmp_path), "COMPLETED", 60)
-    assert "2 ranks on 1 nodes" in log.read_text() and "1 GPUs a rank" in log.read_text()
+    assert "2 ranks on 1 nodes" in log.read_text() and "and 1 GPUs" in log.read_text()
     cores = [line.split()[1] for line in log.read_text().splitlines() if line.startswith("Cpus_allowed_list")]
     assert len(cores) == 2 and (cores[0] != cores[1] or os.cpu_count() == 1), log.read_text()
 
@@ -176,6 +179,7 @@ def test_shellcheck_has_nothing_to_say():
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.long
 def test_packing_over_two_nodes(cluster, tmp_path):
     log, dest = tmp_path / "log", tmp_path / "my shards"
     words = ["-o", str(log), "-N2", "--ntasks-per-node=1", str(ROOT / "slurm/pack.sh")]
@@ -187,26 +191,17 @@ def test_packing_over_two_nodes(cluster, tmp_path):
     assert "3,000" in done.stdout and "600" in done.stdout
 
 
-def test_staged_shards_are_read_from_the_nodes_own_disk_and_copied_once(hosts, submit, demo_data, tmp_path):
+@pytest.mark.long
+def test_staged_shards_are_read_from_the_nodes_own_disk(hosts, submit, demo_data, tmp_path):
     data = tmp_path / "shards of 'mine'"
     shutil.copytree(demo_data, data)
-    job = submit("-N2", steps=2, more=["--data", str(data)], STAGE="1")
+    job = submit("-N2", steps=2, more=["--data", str(data)], STAGE="1", LAUNCHER="srun")
     job.wait_end("COMPLETED")
-    assert "data /run/tmp/shards-" in job.text()
     folder = next(word for word in job.text().split() if word.startswith("/run/tmp/shards-"))
-
-    def there(node: str) -> dict[str, str]:
-        """Inode number by name of what a node has."""
-        lines = hosts.run("ls", "-1i", folder, host=node).stdout.splitlines()
-        return {line.split()[1]: line.split()[0] for line in lines}
-
-    assert there("n1").keys() == there("n2").keys() == {path.name for path in data.iterdir() if path.is_file()}
-    # A requeued job copies again only what is not whole.
-    before = there("n1")
-    hosts.run("truncate", "-s", "100", f"{folder}/train-000003.tar", host="n1")
-    hosts.run("bash", str(ROOT / "slurm/stage.sh"), str(data), folder, host="n1")
-    after = there("n1")
-    assert [name for name in after if after[name] != before.get(name)] == ["train-000003.tar"]
+    assert f"data {folder}" in job.text()
+    for node in ("n1", "n2"):
+        there = set(hosts.run("ls", folder, host=node).stdout.splitlines())
+        assert there == {path.name for path in data.iterdir() if path.is_file()}
 
 
 # Mistakes are told in one line, with exit code 2.
@@ -215,7 +210,7 @@ def test_staged_shards_are_read_from_the_nodes_own_disk_and_copied_once(hosts, s
 @pytest.mark.parametrize(
     ("env", "more", "error"),
     [
-        ({"LAUNCHER": "mpiexec"}, [], "error: LAUNCHER=mpiexec is none of mpirun, srun, horovodrun"),
+        ({"LAUNCHER": "mpiexec"}, [], "error: LAUNCHER=mpiexec is not one of mpirun, srun, horovodrun"),
         ({"LAUNCHER": "srun", "SRUN_MPI": "none"}, [], "error: no launcher works on n"),
         ({"STAGE": "1"}, ["--data", "/no/such"], "error: STAGE=1: no folder --data /no/such"),
         ({}, ["--sed", "1"], "error: unknown option --sed; did you mean --seed?"),
@@ -231,11 +226,57 @@ def test_a_mistake_is_one_line_and_exit_code_2(submit, env, more, error):
 # Through interruptions to the end.
 
 
+@pytest.fixture(scope="module")
+def interrupted(hosts, demo_data, tmp_path_factory):
+    """Jobs that run side by side, for they wait most of the time, each struck as soon as it has made two steps."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    shared, jobs = ["--partition=shared", "-x", "n4"], {}
+    nodes = {"mpirun": "n1,n2", "srun": "n2,n3", "horovodrun": "n1,n3"}
+
+    def submit(
+        name: str, *sbatch: str, steps: int = MANY, more: tuple[str, ...] = (), log: str = "", **env: str
+    ) -> Job:
+        options = [*SMALL, "--workers", "0", "--data", str(demo_data), "--out", str(folder / name), "--epochs", "1000"]
+        words = ["-J", name, "-o", str(folder / f"{name}.log"), *shared, *sbatch, str(ROOT / "slurm/train.sh")]
+        number = hosts.sbatch(*words, *options, "--max-steps", str(steps), *more, cwd=folder, env=env)
+        return Job(hosts, number, folder / f"{name}.log", folder / name)
+
+    for launcher, where in nodes.items():
+        env = {"LAUNCHER": launcher, "NETWORK_INTERFACE": "eth0" if launcher == "horovodrun" else ""}
+        jobs[launcher] = submit(launcher, "-N2", "-w", where, **env)
+    for launcher in ("mpirun", "srun"):
+        jobs["scancel", launcher] = submit(
+            f"scancel-{launcher}", "-N2", "-w", nodes[launcher], steps=ENDLESS, LAUNCHER=launcher
+        )
+    array = submit("array-%a", "--array=0-1", more=("--seed", "1%a"), LAUNCHER="srun")
+    for i in (0, 1):
+        log, out = (Path(str(path).replace("%a", str(i))) for path in (array.log, array.out))
+        jobs["array", i] = Job(hosts, f"{array.number}_{i}", log, out)
+    once = {"MAX_REQUEUES": "0", "LAUNCHER": "srun"}
+    jobs["chain", 1], jobs["chain", 2] = (submit("chain", "--dependency=singleton", **once) for _ in "12")
+    to_strike = [key for key in jobs if key not in (("array", 0), ("chain", 2))]
+
+    def struck() -> bool:
+        for key in list(to_strike):
+            if max(jobs[key].steps(), default=0) >= 2:
+                signal_it = [] if key[0] == "scancel" else ["--batch", "--signal=USR1"]
+                hosts.run("scancel", *signal_it, str(jobs[key].number))
+                to_strike.remove(key)
+        return not to_strike
+
+    try:
+        hosts.wait_for(struck, "two steps of each job", 180)
+    except ClusterError as error:
+        raise AssertionError("\n".join([str(error), *(f"{key}\n{jobs[key].text()}" for key in to_strike)])) from None
+    yield jobs
+    for job in jobs.values():
+        hosts.run("scancel", str(job.number), check=False)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("launcher", ["mpirun", "srun", "horovodrun"])
-def test_a_signal_requeues_the_job_and_no_step_is_lost(hosts, submit, losses, launcher):
-    job = submit("-N2", LAUNCHER=launcher)
-    job.wait_step(2)
-    hosts.run("scancel", "--batch", "--signal=USR1", str(job.number))
+def test_a_signal_requeues_the_job_and_no_step_is_lost(interrupted, losses, launcher):
+    job = interrupted[launcher]
     assert job.wait_end("COMPLETED")["Restarts"] == "1", job.text()
     job.assert_complete(MANY)
     assert [line["event"] for line in metrics(job.out, "event")] == ["start", "stopped", "start", "done"]
@@ -244,41 +285,59 @@ def test_a_signal_requeues_the_job_and_no_step_is_lost(hosts, submit, losses, la
     assert losses[-1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_one_task_of_an_array_is_requeued_and_the_other_is_not(cluster, submit):
-    job = submit("--array=0-1", more=["--seed", "1%a"], name="task %a")
-    tasks = [Job(cluster, f"{job.number}_{i}", Path(str(job.log).replace("%a", str(i))), job.out) for i in (0, 1)]
-    for i, task in enumerate(tasks):
-        task.out = job.out.with_name(f"task {i}")
-    tasks[1].wait_step(2)
-    cluster.run("scancel", "--batch", "--signal=USR1", str(tasks[1].number))
-    for i, task in enumerate(tasks):
+@pytest.mark.long
+def test_one_task_of_an_array_is_requeued_and_the_other_is_not(interrupted):
+    for i in (0, 1):
+        task = interrupted["array", i]
         assert task.wait_end("COMPLETED")["Restarts"] == str(i)
         task.assert_complete(MANY)
         assert f"seed: 1{i}\n" in (task.out / "config.yaml").read_text()
 
 
-def test_parts_in_a_chain_where_requeueing_is_not_wanted(cluster, submit):
-    first, second = (
-        submit("-J", "chain", "--dependency=singleton", more=["--seed", "3"], MAX_REQUEUES="0") for _ in "12"
-    )
-    first.wait_step(2)
-    cluster.run("scancel", "--batch", "--signal=USR1", str(first.number))
+@pytest.mark.long
+def test_parts_in_a_chain_where_requeueing_is_not_wanted(interrupted):
+    first, second = interrupted["chain", 1], interrupted["chain", 2]
     assert first.wait_end("FAILED")["ExitCode"] == "75:0"
     assert second.wait_end("COMPLETED")["Restarts"] == "0"
     second.assert_complete(MANY)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("launcher", ["mpirun", "srun"])
-def test_scancel_leaves_a_checkpoint_and_does_not_requeue(hosts, submit, launcher):
-    job = submit("-N2", steps=ENDLESS, LAUNCHER=launcher)
-    job.wait_step(2)
-    hosts.run("scancel", str(job.number))
+def test_scancel_leaves_a_checkpoint_and_does_not_requeue(interrupted, launcher):
+    job = interrupted["scancel", launcher]
     assert job.wait_end("CANCELLED", 40)["Restarts"] == "0"
-    hosts.wait_for(lambda: metrics(job.out, "event")[-1]["event"] == "stopped", "the end of the run", 20)
-    last = job.steps()[-1]
-    assert (job.out / "checkpoints" / f"step-{last:08d}.pt").exists()
+    job.cluster.wait_for(lambda: metrics(job.out, "event")[-1]["event"] == "stopped", "the end of the run", 20)
+    assert (job.out / "checkpoints" / f"step-{job.steps()[-1]:08d}.pt").exists()
 
 
+@pytest.mark.long
+def test_a_signal_while_shards_are_copied_requeues_the_job(cluster, submit, demo_data, tmp_path):
+    """The copy is held up by another one to the same folder, until the job has stopped."""
+    digest = hashlib.sha256(f"{os.path.realpath(demo_data)}\n".encode()).hexdigest()[:12]
+    folder = tmp_path / f"shards-{pwd.getpwuid(os.geteuid()).pw_name}-{digest}"
+    folder.mkdir()
+    with open(folder / ".lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        job = submit("-N1", steps=2, STAGE="1", SCRATCH=str(tmp_path), LAUNCHER="srun")
+        cluster.wait_for(lambda: "another job is copying" in job.text(), "the copy", 60)
+        cluster.run("scancel", "--batch", "--signal=USR1", str(job.number))
+        cluster.wait_for(lambda: "stopped; requeueing" in job.text(), "the requeue", 60)
+    assert job.wait_end("COMPLETED")["Restarts"] == "1", job.text()
+    job.assert_complete(2)
+    assert f"data {folder}" in job.text()
+
+
+@pytest.mark.long
+def test_a_job_that_may_not_be_requeued_says_so(cluster, submit):
+    job = submit("-N1", "--no-requeue", steps=ENDLESS, LAUNCHER="srun")
+    job.wait_step(1)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job.number))
+    assert job.wait_end("FAILED")["ExitCode"] == "75:0"
+    assert "Slurm does not requeue this job" in job.text()
+
+
+@pytest.mark.long
 def test_preemption_requeues_the_job(hosts, submit):
     job = submit("-N1", "--exclusive", LAUNCHER="srun")
     job.wait_step(2)
@@ -308,6 +367,7 @@ def limited(cluster, demo_data, tmp_path_factory):
     cluster.run("scancel", str(job.number), check=False)
 
 
+@pytest.mark.long
 def test_a_vanished_node_and_a_stopped_rank_end_the_job_in_time_and_it_goes_on(hosts, limited, submit):
     """A node vanishes under three launchers, a rank on another is stopped under two: all name the rank and its host.
 
@@ -363,9 +423,10 @@ def test_a_vanished_node_and_a_stopped_rank_end_the_job_in_time_and_it_goes_on(h
     hosts.wait_for(lambda: hosts.node_state(lost) == "idle", "the node is back", 60)
 
 
+@pytest.mark.long
 def test_the_time_limit_requeues_the_job(cluster, limited):
     cluster.wait_for(lambda: cluster.job(limited.number)["Restarts"] != "0", "requeue at the time limit", 90)
-    assert "stopped, checkpoint written; requeueing" in limited.text()
+    assert "stopped; requeueing" in limited.text()
     stopped = metrics(limited.out, "event")[1]
     assert stopped["event"] == "stopped" and stopped["signal"] == "SIGUSR1"
     limited.wait_step(stopped["step"] + 2)
@@ -430,6 +491,7 @@ class Elastic:
             return []
 
 
+@pytest.mark.long
 def test_elastic_training_goes_on_without_a_host_and_takes_it_back(hosts, demo_data, tmp_path):
     """A host vanishes and returns, then a rank of it is stopped: the others go on, with the same batches.
 
@@ -482,6 +544,7 @@ def test_the_discovery_script_prints_no_more_ranks_than_divide_the_batch(hosts):
 # The cluster of the tests itself.
 
 
+@pytest.mark.long
 def test_nodes_without_namespaces_train_too_and_leave_nothing(demo_data, tmp_path):
     with Cluster(2, form="simple") as simple:
         assert sorted(simple.run("srun", "-N2", "sh", "-c", "echo $SLURMD_NODENAME").stdout.split()) == ["n1", "n2"]
