@@ -82,7 +82,7 @@ def tail(text: str) -> list[str]:
 
 
 def wait(process: subprocess.Popen, seconds: float) -> int:
-    """Exit code of a process that leads its own session; all of the session ends when the time is over."""
+    """Exit code of a process that leads its own session; all of the session ends with it when we are stopped."""
     try:
         return process.wait(seconds)
     except BaseException as error:
@@ -507,6 +507,7 @@ class Horovod:
     mpi: bool
     gloo: bool
     nccl: bool
+    library: str = ""  # what MPI_Get_library_version of the MPI says that it has loaded
 
     @property
     def ours(self) -> bool:
@@ -524,12 +525,15 @@ def find_horovod() -> tuple[Horovod | None, str]:
     if not version and not shutil.which("horovodrun"):
         return None, ""
     found, reason = ask(
-        "import json, horovod, horovod.torch as hvd; print(json.dumps({'version': horovod.__version__, 'mpi': "
-        "bool(hvd.mpi_built()), 'gloo': bool(hvd.gloo_built()), 'nccl': bool(hvd.nccl_built())}))"
+        "import ctypes, json, re, horovod, horovod.torch as hvd; text = ctypes.create_string_buffer(8192)\n"
+        "for path in re.findall(r'/\\S*/libmpi(?!cxx|fort)\\w*\\.so\\S*', open('/proc/self/maps').read())[:1]:\n"
+        "    ctypes.CDLL(path).MPI_Get_library_version(text, ctypes.byref(ctypes.c_int()))\n"
+        "print(json.dumps({'version': horovod.__version__, 'mpi': bool(hvd.mpi_built()), "
+        "'gloo': bool(hvd.gloo_built()), 'nccl': bool(hvd.nccl_built()), 'library': text.value.decode()}))"
     )
     if found is None:
         return None, reason
-    return Horovod(version or found["version"], found["mpi"], found["gloo"], found["nccl"]), ""
+    return Horovod(version or found["version"], found["mpi"], found["gloo"], found["nccl"], found["library"]), ""
 
 
 def reason_to_build(options: argparse.Namespace, torch: Torch, here: Horovod | None, broken: str) -> str:
@@ -540,6 +544,13 @@ def reason_to_build(options: argparse.Namespace, torch: Torch, here: Horovod | N
         return "--rebuild"
     if not here.current:
         return "the changes that slurm/build_horovod.py makes to it are newer"
+    mpirun = on_path("mpirun")
+    said = mpi_names.output([mpirun, "--version"]) if mpirun and here.mpi else ""
+    if not mpi_names.fits(said, here.library):
+        mixed = f"it uses {mpi_names.describe(here.library)}, and {mpirun} is of {mpi_names.describe(said)}"
+        if not here.ours:
+            raise Missing(f"Horovod {here.version}: {mixed}; load the module of that MPI, or use --rebuild")
+        return mixed
     if options.mpi != "auto" and (options.mpi == "wheel") != bool(mpi_wheel()):
         return f"--mpi {options.mpi}"
     if options.cuda == "yes" and not here.nccl or options.cuda == "no" and here.nccl:
@@ -731,7 +742,14 @@ def main(arguments: list[str]) -> None:
     say(f"done. In a new shell first: . {REPOSITORY}/slurm/activate.sh")
 
 
+def stopped(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(number)  # ends the pip or compiler that runs, see wait()
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stopped)
     try:
         main(sys.argv[1:])
     except Missing as error:
@@ -740,5 +758,9 @@ if __name__ == "__main__":
     except Failed as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as request:
+        print("error: stopped; run it again, what is done is kept", file=sys.stderr)
+        sys.exit(128 + (request.args or [signal.SIGINT])[0])
+    except OSError as error:  # a disk that is full
+        print(f"error: {error.strerror}: {error.filename or LOG}", file=sys.stderr)
+        sys.exit(1)

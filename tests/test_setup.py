@@ -406,17 +406,19 @@ import os, signal, sys, time
 rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK") or os.environ["HOROVOD_RANK"])
 requests = {signal.SIGTERM, signal.SIGUSR1}
 signal.pthread_sigmask(signal.SIG_BLOCK, requests)  # they wait until they are asked for
+if "PMI_FD" in os.environ:
+    from mpi4py import MPI  # MPICH ends the others only where a rank that called MPI_Init is lost
 if sys.argv[1] == "wait":
     print("ready", flush=True)
     signal.sigwait(requests)
     time.sleep(2)  # a checkpoint
     print("checkpoint of rank", rank, flush=True)
-    sys.exit(75)
+    os._exit(75)
 if rank == 1:
     if sys.argv[1] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     print("error: rank 1 has it", file=sys.stderr, flush=True)
-    sys.exit(int(sys.argv[1]))
+    os._exit(int(sys.argv[1]))
 print("line of rank 0", flush=True)
 if sys.argv[1] != "0":
     signal.sigwait(requests)
