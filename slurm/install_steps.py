@@ -203,8 +203,13 @@ def first_line(command: list[str]) -> str:
 
 
 def mpi_wheel() -> str:
-    """Name of the MPI of PyPI that is installed in this environment, or an empty string."""
-    return next((name for name in MPI_WHEELS if distribution(name)), "")
+    """Name of the MPI of PyPI that is installed in this environment (not in one below it), or an empty string."""
+    for name in MPI_WHEELS:
+        if distribution(name):
+            place = pathlib.Path(str(importlib.metadata.distribution(name).locate_file(""))).resolve()
+            if place.is_relative_to(pathlib.Path(sys.prefix).resolve()):
+                return name
+    return ""
 
 
 def machine_mpi(choice: str) -> Mpi | None:
