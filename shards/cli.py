@@ -164,8 +164,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except InputError as error:
         if not error.everywhere or launched_rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            # The launcher ends all ranks as soon as one has failed: rank 0 must have spoken before that.
+        elif "PMI_FD" not in os.environ or {"mpi4py.MPI", "horovod.torch"} & sys.modules.keys():
+            # The launcher ends all ranks as soon as one has failed: rank 0 must have spoken before that. (That of MPICH
+            # and Intel MPI leaves the others alone as long as they have not called MPI_Init.)
             time.sleep(_RANK0_SPEAKS_SECONDS)
         code = error.exit_code
     except BrokenPipeError:  # the reader of our output (head, less) has gone

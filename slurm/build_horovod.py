@@ -41,6 +41,8 @@ _LAUNCH_MPIRUN = '''\
 _SPEAKING_EXIT_CODES = (2, 75)
 _STOP_SECONDS = float(os.environ.get('HOROVOD_STOP_SECONDS', '40'))
 _RULE = b'-' * 74 + b'\\n'
+_HYDRA_REPORT = re.compile(rb'=[= ]  |={60}|YOUR APPLICATION TERMINATED WITH|This typically refers to a problem with your '
+                           rb'app|Please see the FAQ page for debug|\\[mpiexec@\\S+\\] Exit codes: (.*)')
 _REPORT = re.compile(rb'Primary job +terminated normally, but|\\S+ detected that one or more processes exited with non-zero')
 
 
@@ -75,7 +77,42 @@ def _forward(source, target):
         target.flush()
 
 
-def _run_mpirun(command, env):
+def _forward_hydra(source, target, codes):
+    """Copy the bytes of mpiexec's stdout, without its report of ranks that failed; their exit codes go to `codes`.
+
+    mpiexec of Intel MPI ends with 255, whatever the rank's own code was, and that of MPICH with 9 where one was killed."""
+    held, line_start, end = b'', True, False
+    while not end:
+        data = os.read(source, 65536)
+        end = not data
+        held += data
+        while held:
+            newline = held.find(b'\\n') + 1
+            if not newline and not end and line_start and held[:1] in b'=[YTP':
+                break  # perhaps the report
+            line, held = (held[:newline], held[newline:]) if newline else (held, b'')
+            report = line_start and _HYDRA_REPORT.match(line)
+            line_start = line.endswith(b'\\n')
+            if not report:
+                target.write(line)
+            elif report[1]:  # "[host:0] 9,512 [other:1] 0": what waitpid gave for each rank
+                for status in re.findall(rb'(?<=[ ,])\\d+(?=[,\\s])', report[1] + b' '):
+                    status = int(status)
+                    codes.append(128 + (status & 127) if status & 127 else status >> 8)
+        target.flush()
+
+
+def _reason(codes):
+    """The exit code that says why: that of a rank that left by itself, else that of those that were killed."""
+    failed = [code for code in codes if code]
+    code = next((code for code in failed if code < 128), failed[0])
+    if code not in _SPEAKING_EXIT_CODES:
+        ranks = [str(rank) for rank, other in enumerate(codes) if other == code]
+        print('horovodrun: rank {} ended with exit code {}'.format(', '.join(ranks), code), file=sys.stderr)
+    return code
+
+
+def _run_mpirun(command, env, hydra=False):
     """Run mpirun; return its exit code, which is that of the first rank that failed.
 
     The first request to stop (SIGTERM, SIGINT, SIGHUP, SIGUSR1) reaches the ranks as SIGUSR1, because mpirun hands on
@@ -87,8 +124,8 @@ def _run_mpirun(command, env):
 
     stdin = subprocess.DEVNULL if sys.stdin is None or sys.stdin.isatty() else None
     mpirun = subprocess.Popen(['/bin/sh', '-c', 'exec ' + command], env=env, stdin=stdin, stderr=subprocess.PIPE,
-                              preexec_fn=child_setup)
-    requests = []
+                              stdout=subprocess.PIPE if hydra else None, preexec_fn=child_setup)
+    requests, codes = [], []
 
     def stop(signum, frame):
         requests.append(signum)
@@ -103,11 +140,31 @@ def _run_mpirun(command, env):
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, stop)
-    reader = threading.Thread(target=_forward, args=(mpirun.stderr.fileno(), sys.stderr.buffer), daemon=True)
-    reader.start()
+    readers = [threading.Thread(target=_forward, args=(mpirun.stderr.fileno(), sys.stderr.buffer), daemon=True)]
+    if hydra:
+        arguments = (mpirun.stdout.fileno(), sys.stdout.buffer, codes)
+        readers.append(threading.Thread(target=_forward_hydra, args=arguments, daemon=True))
+    for reader in readers:
+        reader.start()
     code = mpirun.wait()
-    reader.join(5)  # not for ever: a process that outlives mpirun may hold the other end
+    for reader in readers:
+        reader.join(5)  # not for ever: a process that outlives mpirun may hold the other end
+    if code and any(codes):
+        return _reason(codes)
     return code if code >= 0 else 128 - code
+
+
+def _on_this_host(mpi, env):
+    """Environment of a mpirun whose ranks all run here. A batch system may have given this job one task (salloc -n1,
+    Jupyter): it does not say how many ranks there are, the option -np does."""
+    env = dict(env)
+    if mpi == _OMPI_IMPL:
+        for name in ('OMPI_MCA_ras', 'OMPI_MCA_plm', 'PRTE_MCA_ras', 'PRTE_MCA_plm'):  # Open MPI 4, and 5
+            env.setdefault(name, '^slurm,tm,lsf,gridengine,alps,pbs')
+    else:
+        for name in ('HYDRA_LAUNCHER', 'HYDRA_BOOTSTRAP', 'I_MPI_HYDRA_BOOTSTRAP'):
+            env[name] = 'fork'
+    return env
 
 
 def mpi_run(settings, nics, env, command, stdout=None, stderr=None):
@@ -205,6 +262,14 @@ _MISSED_WORKERS = """\
     def _wait(self, key, state, rendezvous_id):
 """
 
+_FOR_ANY_SHELL = r'''def for_any_shell(command):
+    """`command` as the argument of ssh. A login shell that is csh knows no 2>&1, and reads ! and newlines in quotes."""
+    escaped = ''.join('\\0%03o' % ord(letter) if letter in "\\'!\n" else letter for letter in command)
+    return """exec sh -c 'eval "$(printf %b "$1")"' sh '""" + escaped + "'"
+
+
+def get_ssh_command('''
+
 _MPI = "horovod/runner/mpi_run.py"
 _GLOO = "horovod/runner/gloo_run.py"
 _SHELL = "horovod/runner/common/util/safe_shell_exec.py"
@@ -248,6 +313,18 @@ PATCHES = (
         "      std::this_thread::sleep_for(std::chrono::microseconds(50));\n",
         "a rank that waits took half of its core, and Python's lock, from the threads that it waits for",
     ),
+    Patch(
+        "horovod/common/gloo/gloo_context.cc",
+        "  device_attr.iface = gloo_iface_;\n"
+        "  device_attr.ai_family = AF_UNSPEC;\n"
+        "  auto dev = CreateDevice(device_attr);\n\n"
+        "  global_ctx",
+        "  device_attr.iface = global_context.gloo_iface_;\n"
+        "  device_attr.ai_family = AF_UNSPEC;\n"
+        "  auto dev = CreateDevice(device_attr);\n\n"
+        "  global_ctx",
+        "ranks listened on the address of the host's name, and crashed where that has none",
+    ),
     # horovodrun.
     Patch(
         "horovod/runner/js_run.py",
@@ -276,7 +353,7 @@ PATCHES = (
     Patch(
         _MPI,
         "os.execve('/bin/sh', ['/bin/sh', '-c', mpirun_command], env)",
-        "sys.exit(_run_mpirun(mpirun_command, env))",
+        "sys.exit(_run_mpirun(mpirun_command, env, impi_or_mpich))",
         "as above",
     ),
     Patch(
@@ -292,10 +369,45 @@ PATCHES = (
     Patch(
         _MPI,
         "basic_args = '-l' if impi_or_mpich else '--allow-run-as-root --tag-output'",
-        "basic_args = '' if impi_or_mpich else '--allow-run-as-root'\n"
+        "basic_args = '-print-all-exitcodes' if impi_or_mpich else '--allow-run-as-root'\n"
         "    if settings.prefix_output_with_timestamp:\n"
         "        basic_args += ' -l' if impi_or_mpich else ' --tag-output'",
         "lines without the rank in front, unless --prefix-output-with-timestamp asks for it: only rank 0 speaks",
+    ),
+    Patch(
+        _MPI,
+        "        elif 'MPICH' in output:\n",
+        "        elif 'MPICH' in output or 'HYDRA' in output:\n",
+        "what mpirun of MPICH and MVAPICH calls itself",
+    ),
+    Patch(
+        _MPI,
+        "from horovod.runner.common.util import env as env_util, hosts, safe_shell_exec, tiny_shell_exec\n",
+        "from horovod.runner.common.util import env as env_util, hosts, safe_shell_exec, tiny_shell_exec\n"
+        "from horovod.runner.util import network\n",
+        "for the next",
+    ),
+    Patch(
+        _MPI,
+        "    # On large cluster runs (e.g. Summit)",
+        "    if not network.filter_local_addresses(hosts.parse_hosts_and_slots(settings.hosts)[0]):\n"
+        "        env = _on_this_host(mpi, env)\n"
+        "    elif mpi == _IMPI_IMPL and 'SLURM_JOB_ID' in env:\n"
+        "        env = {'I_MPI_HYDRA_BOOTSTRAP': 'slurm', **env}\n\n"
+        "    # On large cluster runs (e.g. Summit)",
+        "ranks of one host do not depend on the tasks of a batch job; Intel's mpirun, see below, chooses this bootstrap",
+    ),
+    Patch(
+        _MPI,
+        "        'mpirun {basic_args} '\n",
+        "        '{program} {basic_args} '\n",
+        "Intel's mpirun is a shell script, which does not hand on signals",
+    ),
+    Patch(
+        _MPI,
+        "        .format(basic_args=basic_args,\n",
+        "        .format(program='mpiexec.hydra' if mpi == _IMPI_IMPL else 'mpirun', basic_args=basic_args,\n",
+        "as above",
     ),
     Patch(
         _GLOO,
@@ -357,7 +469,19 @@ PATCHES = (
     ),
     Patch(
         _LAUNCH,
+        "        fn_cache = cache.Cache(CACHE_FOLDER, CACHE_STALENESS_THRESHOLD_MINUTES,\n"
+        "                               parameters_hash)\n",
+        "        try:\n"
+        "            fn_cache = cache.Cache(CACHE_FOLDER, CACHE_STALENESS_THRESHOLD_MINUTES,\n"
+        "                                   parameters_hash)\n"
+        "        except OSError:\n"
+        "            pass  # a home that cannot be written; the cache saves a second of ssh\n",
+        "compute nodes may have no home, or one that cannot be written",
+    ),
+    Patch(
+        _LAUNCH,
         "    _run(args)\n\n\nif __name__ == '__main__':",
+        "    os.environ.setdefault('HOME', os.path.expanduser('~') if os.path.expanduser('~') != '~' else '/tmp')\n"
         "    try:\n"
         "        _run(args)\n"
         "    except Exception as error:\n"
@@ -414,6 +538,26 @@ PATCHES = (
         "            lambda addr: socketserver.ThreadingTCPServer(\n"
         "                addr, self._make_handler()), ips[0] if len(names) == 1 and len(ips) == 1 else '')\n",
         "where one interface is named",
+    ),
+    Patch(
+        _GLOO,
+        "            local_command = quote('cd {pwd} > /dev/null 2>&1 ; {command}'\n"
+        "                                  .format(pwd=os.getcwd(), command=command))\n",
+        "            local_command = quote(for_any_shell('cd {pwd} > /dev/null 2>&1 ; {command}'\n"
+        "                                  .format(pwd=quote(os.getcwd()), command=command)))\n",
+        "the login shell over there may be csh, which knows no 2>&1",
+    ),
+    Patch(
+        _GLOO,
+        "from horovod.runner.util.remote import get_remote_command\n",
+        "from horovod.runner.util.remote import for_any_shell, get_remote_command\n",
+        "as above",
+    ),
+    Patch(
+        "horovod/runner/util/remote.py",
+        "def get_ssh_command(",
+        _FOR_ANY_SHELL,
+        "as above",
     ),
     # Hosts that vanish, and elastic training.
     Patch(
@@ -489,6 +633,12 @@ PATCHES = (
         "        os.replace(temporary, self._cache_file)\n",
         "two horovodruns at once must not read half a file",
     ),
+    Patch(
+        "horovod/runner/util/cache.py",
+        "            self._dump(self._content)\n        finally:\n",
+        "            self._dump(self._content)\n        except OSError:\n            pass\n        finally:\n",
+        "a disk that is full",
+    ),
 )
 
 
@@ -528,7 +678,7 @@ class Target:
     python: str  # cache tag of the interpreter, "cpython-311"
     torch: str  # version with its local part, "2.13.0+cu130"
     cxx11_abi: bool
-    mpi: str  # kind and first line of mpirun --version, "wheel mpirun (Open MPI) 5.0.11"
+    mpi: str  # kind, name and version, "wheel Open MPI 5.0.11"
     mpi_libraries: str = ""  # folder of the machine's libmpi, where it is known
     cuda: str = ""  # version of nvcc; empty: a build without CUDA
     nccl: str = ""  # version of the NCCL header

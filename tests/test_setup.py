@@ -4,10 +4,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import pytest
 
 import build_horovod
 import install_steps
-from job import doctor
+from job import doctor, mpi
 from shards import caches
 from shards.cli import InputError
 from shards.split import load_split
@@ -102,7 +105,7 @@ TARGET = build_horovod.Target(
     python="cpython-311",
     torch="2.13.0+cpu",
     cxx11_abi=True,
-    mpi="wheel mpirun (Open MPI) 5.0.11",
+    mpi="wheel Open MPI 5.0.11",
     compiler="g++ 12.2.0",
     machine="x86_64 glibc 2.36 avx fma f16c",
 )
@@ -143,11 +146,37 @@ def test_no_compiler(bare_path, tmp_path):
     assert install_steps.find_horovod()[0], "what was there is still there"
 
 
-def test_what_is_missing_is_said_before_anything_is_downloaded(bare_path, tmp_path):
+def clone(tmp_path):
+    """A repository without .venv that holds what set-up needs."""
     repository = tmp_path / "clone"
-    (repository / "slurm").mkdir(parents=True)
-    for name in ("setup.py", "slurm/install.sh", "slurm/install_steps.py", "slurm/build_horovod.py"):
+    names = ("setup.py", "slurm/install.sh", "slurm/install_steps.py", "slurm/build_horovod.py", "job/mpi.py")
+    for name in names:
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, repository / name)
+    return repository
+
+
+def test_an_environment_that_is_on_path_only_is_used_or_seen(bare_path, tmp_path):
+    repository, other = clone(tmp_path), tmp_path / "other"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", other], check=True)
+    (packages,) = other.glob("lib/python3*/site-packages")
+    for name in ("torch", "pip"):
+        (packages / f"{name}.py").touch()
+    (bare_path / "python3").symlink_to(script(bare_path / "call", f'exec {other}/bin/python "$@"'))
+    (bare_path / "grep").symlink_to(shutil.which("grep", path=os.defpath) or "/usr/bin/grep")
+    env = {"XDG_CACHE_HOME": str(tmp_path), "VIRTUAL_ENV": "", "CONDA_PREFIX": "", "HOME": str(tmp_path)}
+    done = install(env=env, path=repository / "slurm/install.sh")
+    assert f"the active one, {other}\n" in done.stdout, done.stdout + done.stderr
+    # Chosen by --python, as one that cannot be written is: .venv on top of it sees its packages.
+    done = install("--python", "python3", env=env, path=repository / "slurm/install.sh", timeout=300)
+    assert f"it sees the packages in {packages}\n" in done.stdout, done.stdout + done.stderr
+    code = "import torch; print(torch.__file__)"
+    seen = subprocess.run([repository / ".venv/bin/python", "-c", code], capture_output=True, text=True)
+    assert seen.stdout == f"{packages}/torch.py\n", seen.stderr
+
+
+def test_what_is_missing_is_said_before_anything_is_downloaded(bare_path, tmp_path):
+    repository = clone(tmp_path)
     env = {"XDG_CACHE_HOME": str(tmp_path), "VIRTUAL_ENV": "", "CONDA_PREFIX": ""}
     python = f"{sys.base_prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}"
     done = install("--python", python, env=env, path=repository / "slurm/install.sh")
@@ -178,23 +207,99 @@ def test_mpicxx_without_headers(bare_path):
     mpicxx = script(
         bare_path / "mpicxx", "echo 'main.cc:1:10: fatal error: mpi.h: No such file or directory' >&2; exit 1"
     )
-    mpi = install_steps.Mpi("system", str(mpicxx), "mpirun", "mpirun (Open MPI) 4.1.4")
-    with pytest.raises(install_steps.Missing, match=r"mpicxx does not compile an MPI program.*mpi\.h.*libopenmpi-dev"):
-        install_steps.check_mpi_headers(mpi)
+    found = install_steps.Mpi("system", str(mpicxx), "mpirun", "mpirun (Open MPI) 4.1.4")
+    with pytest.raises(
+        install_steps.Missing, match=r"mpicxx of Open MPI 4.1.4 does not compile an MPI program.*mpi\.h.*libopenmpi-dev"
+    ):
+        install_steps.check_mpi_headers(found)
 
 
 def test_half_an_mpi(bare_path):
     script(bare_path / "mpicxx", "")
-    with pytest.raises(install_steps.Missing, match="no mpirun on PATH; module load openmpi"):
+    with pytest.raises(install_steps.Missing, match="no mpirun on PATH; load the module of an MPI"):
         install_steps.choose_mpi("system")
 
 
 def test_the_mpi_of_the_machine_comes_first(bare_path, monkeypatch):
-    monkeypatch.setattr(install_steps, "has_wheel", lambda: False)
+    monkeypatch.setattr(install_steps, "mpi_wheel", lambda: "")
     script(bare_path / "mpicxx", "")
     script(bare_path / "mpirun", "echo 'mpirun (Open MPI) 4.1.4'")
-    mpi = install_steps.choose_mpi("auto")
-    assert (mpi.kind, mpi.mpirun, mpi.version) == ("system", str(bare_path / "mpirun"), "mpirun (Open MPI) 4.1.4")
+    found = install_steps.choose_mpi("auto")
+    assert (found.kind, found.mpirun, found.version) == ("system", str(bare_path / "mpirun"), "Open MPI 4.1.4")
+
+
+HYDRA = "HYDRA build details:\n    Version:                                 4.0.2\n    Release Date: Thu"
+INTEL = "Intel(R) MPI Library for Linux* OS, Version 2021.18.1 Build 20260626 (id: b44796a)\nCopyright 2003-2026"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("mpirun (Open MPI) 4.1.4\n\nReport bugs to http://www.open-mpi.org/community/help/", "Open MPI 4.1.4"),
+        ("Open MPI v5.0.11, package: Open MPI root@x, ident: 5.0.11", "Open MPI 5.0.11"),
+        ("prterun (PRRTE) 3.0.8", "Open MPI 3.0.8"),
+        (HYDRA, "MPICH 4.0.2"),
+        ("MPICH Version:      5.0.2\nMPICH Release date: x", "MPICH 5.0.2"),
+        (INTEL, "Intel MPI 2021.18.1"),
+        ("Intel(R) MPI Library 2021.18 for Linux* OS", "Intel MPI 2021.18"),
+        ("MVAPICH2 Version      :\t2.3.7\nMVAPICH2 Release", "MVAPICH 2.3.7"),
+        ("MPI VERSION    : CRAY MPICH version 8.1.28 (ANL base 3.4a2)", "Cray MPICH 8.1.28"),
+        ("mpirun (IBM Spectrum MPI) 10.4.0", "Spectrum MPI 10.4.0"),
+        ("something else 1\nmore", "something else 1"),
+    ],
+)
+def test_an_mpi_is_known_by_what_it_says(text, name):
+    assert mpi.describe(text) == name
+
+
+def test_which_mpirun_starts_ranks_of_which_mpi():
+    open4, open5 = "mpirun (Open MPI) 4.1.4", "Open MPI v5.0.11, package: x"
+    assert mpi.fits(open4, "Open MPI v4.1.4, package: x") and not mpi.fits(open4, open5)
+    assert not mpi.fits(open5, HYDRA) and not mpi.fits(INTEL, open5)
+    assert mpi.fits(HYDRA, INTEL) and mpi.fits(HYDRA, "CRAY MPICH version 8.1.28") and mpi.fits("", open5)
+
+
+def test_intels_compiler_is_told_its_folder_and_its_quotes_are_read(bare_path, tmp_path, monkeypatch):
+    monkeypatch.delenv("I_MPI_ROOT", raising=False)
+    monkeypatch.setenv("I_MPI_ROOT", "")  # so that it is put back
+    monkeypatch.delenv("I_MPI_ROOT")
+    mpicxx = script(
+        tmp_path / "impi/bin/mpicxx", "echo 'g++ -I\"'$I_MPI_ROOT'/include\" -L\"'$I_MPI_ROOT'/lib\" -lmpicxx -lmpi'"
+    )
+    intel = install_steps.Mpi("system", str(mpicxx), "mpirun", INTEL)
+    (tmp_path / "impi/lib").mkdir()
+    (tmp_path / "impi/lib/libmpi.so").touch()
+    install_steps.prepare_compiler(intel)
+    assert os.environ["I_MPI_ROOT"] == str(tmp_path / "impi")
+    assert install_steps.mpi_library_folder(intel) == str(tmp_path / "impi/lib")
+
+
+def test_a_horovod_of_another_mpi_is_not_kept(bare_path):
+    script(bare_path / "mpirun", f"echo '{HYDRA}'")
+    here = install_steps.Horovod(
+        f"0.28.1+alexnet.p{build_horovod.patch_hash()}.k0", True, True, False, "Open MPI v5.0.11, x"
+    )
+    options = install_steps.parse(["--cache", "x"])
+    assert "it uses Open MPI 5.0.11" in install_steps.reason_to_build(options, TORCH_CPU, here, "")
+    assert not install_steps.reason_to_build(options, TORCH_CPU, dataclasses.replace(here, library=INTEL), "")
+    with pytest.raises(install_steps.Missing, match=r"Open MPI 5\.0\.11, and .*mpirun is of MPICH 4\.0\.2"):
+        install_steps.reason_to_build(options, TORCH_CPU, dataclasses.replace(here, version="0.28.1"), "")
+
+
+def test_a_pip_or_compiler_ends_with_the_set_up(tmp_path):
+    code = f"import pathlib, install_steps as s; s.LOG = pathlib.Path({str(tmp_path / 'log')!r}); import signal; "
+    code += "signal.signal(signal.SIGTERM, s.stopped); s.run(['sh', '-c', 'sleep 600 & echo $!; wait'], 'wait')"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "slurm", stderr=subprocess.DEVNULL)
+    while (
+        not (text := (tmp_path / "log").read_text() if (tmp_path / "log").exists() else "").split("wait\n")[-1].strip()
+    ):
+        time.sleep(0.02)
+    child = Path("/proc") / text.split()[-1]
+    assert child.exists()
+    process.terminate()
+    process.wait(20)
+    while child.exists() and "Z" not in (child / "stat").read_text():
+        time.sleep(0.02)
 
 
 def cuda(tmp_path, version="13.0", nccl=False):
@@ -234,7 +339,7 @@ def test_the_build_gets_the_toolkit_that_was_found_and_pips_nccl_a_link(tmp_path
     assert (build_horovod.nccl_folder(pips, tmp_path / "nccl") / "lib/libnccl.so").exists()
 
 
-@pytest.mark.parametrize("mpi", ["wheel mpirun (Open MPI) 5.0.11", "system mpirun (Open MPI) 4.1.4"])
+@pytest.mark.parametrize("mpi", ["wheel MPICH 5.0.2", "system Open MPI 4.1.4"])
 def test_a_cached_wheel_does_not_point_into_the_environment_that_built_it(tmp_path, mpi):
     target = dataclasses.replace(TARGET, mpi=mpi, mpi_libraries="/opt/mpi/lib" if mpi.startswith("system") else "")
     places = build_horovod.build_environment(target, tmp_path, "", "", "")["HOROVOD_RPATH"].split(";")
@@ -304,7 +409,7 @@ def test_no_python(bare_path, tmp_path):
     script(bare_path / "python3", "echo 3.9")
     env = {"XDG_CACHE_HOME": str(tmp_path), "VIRTUAL_ENV": "", "CONDA_PREFIX": ""}
     done = install(path=repository / "slurm/install.sh", env=env)
-    refused(done, "no Python 3.11 or 3.12 on PATH", "python3 is 3.9", "python3.11-venv", "--python")
+    refused(done, "no Python 3.11 to 3.14 on PATH", "python3 is 3.9", "python3-venv", "--python")
     script(
         bare_path / "python3",
         'case "$*" in *venv*) echo "ensurepip is not available" >&2; exit 1;; *) echo 3.11;; esac',
@@ -407,17 +512,19 @@ import os, signal, sys, time
 rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK") or os.environ["HOROVOD_RANK"])
 requests = {signal.SIGTERM, signal.SIGUSR1}
 signal.pthread_sigmask(signal.SIG_BLOCK, requests)  # they wait until they are asked for
+if "PMI_FD" in os.environ:
+    from mpi4py import MPI  # MPICH ends the others only where a rank that called MPI_Init is lost
 if sys.argv[1] == "wait":
-    print("ready", flush=True)
+    os.write(1, b"ready\\n")  # at once: MPICH mixes the pieces of lines
     signal.sigwait(requests)
     time.sleep(2)  # a checkpoint
     print("checkpoint of rank", rank, flush=True)
-    sys.exit(75)
+    os._exit(75)
 if rank == 1:
     if sys.argv[1] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     print("error: rank 1 has it", file=sys.stderr, flush=True)
-    sys.exit(int(sys.argv[1]))
+    (os._exit if int(sys.argv[1]) else sys.exit)(int(sys.argv[1]))
 print("line of rank 0", flush=True)
 if sys.argv[1] != "0":
     signal.sigwait(requests)
@@ -449,7 +556,8 @@ def test_horovodrun_hands_on_the_exit_code_and_adds_little(ranks, controller, wh
     if what != "kill":
         assert done.stderr.splitlines()[0] == "error: rank 1 has it"
     # 2 and 75 say it all; of another end the launcher says which rank it was.
-    assert ("rank 1" in text.replace("rank 1 has it", "")) == (what in ("3", "kill")), text
+    named = re.search(r"\brank (0, )?1\b", text.replace("rank 1 has it", ""))
+    assert bool(named) == (what in ("3", "kill")), text
     assert time.monotonic() - start < 60
 
 
@@ -479,6 +587,94 @@ def test_ranks_do_not_outlive_a_killed_launcher(ranks):
         process.kill()
         # The pipe is closed when the last of them has gone.
         process.communicate(timeout=60)
+
+
+@ours
+def test_a_batch_job_of_one_task_and_a_home_that_cannot_be_written_do_not_matter():
+    # As `salloc -n1` and Jupyter set them.
+    host = os.uname().nodename
+    env = dict.fromkeys(("SLURM_JOBID", "SLURM_JOB_ID", "SLURM_NNODES", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS"), "1")
+    env |= {"SLURM_NODELIST": host, "SLURM_JOB_NODELIST": host, "SLURM_JOB_NUM_NODES": "1", "HOME": "/proc"}
+    launcher = shutil.which("horovodrun", path=os.path.dirname(sys.executable)) or "horovodrun"
+    done = run(launcher, "-np", "3", "sh", "-c", "echo rank of job $SLURM_JOB_ID", env=env, timeout=60)
+    assert done.returncode == 0 and done.stdout.splitlines() == ["rank of job 1"] * 3, done.stdout + done.stderr
+
+
+@ours
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.parametrize("controller", ["--mpi", "--gloo"])
+def test_a_host_that_does_not_know_its_own_name(controller, tmp_path):
+    (tmp_path / "sum.py").write_text(install_steps.ALLREDUCE)
+    launcher = shutil.which("horovodrun", path=os.path.dirname(sys.executable)) or "horovodrun"
+    command = f"hostname nobody-knows; exec {launcher} {controller} -np 2 {sys.executable} {tmp_path}/sum.py"
+    done = run("unshare", "--uts", "sh", "-c", command, timeout=90)
+    assert done.returncode == 0 and "ALLREDUCE" in done.stdout, done.stdout + done.stderr
+
+
+@ours
+@pytest.mark.parametrize("shell", ["sh", "bash", "tcsh", "csh"])
+def test_a_command_reaches_the_ranks_through_any_login_shell(shell):
+    from horovod.runner.util.remote import for_any_shell
+
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell} here")
+    for value in ("a b", "it's", "wh!at", "$HOME `ls`", "two\nlines", '"', "back\\slash \\n", "100%s", "\u00e9"):
+        command = for_any_shell(f"cd / > /dev/null 2>&1 ; exec env X={shlex.quote(value)} printenv X")
+        assert run(shell, "-c", command).stdout == value + "\n"
+
+
+@ours
+def test_hydras_report_becomes_an_exit_code():
+    from horovod.runner import mpi_run
+
+    rule = b"=" * 83 + b"\n"
+    box = rule + b"=   BAD TERMINATION OF ONE OF YOUR APPLICATION PROCESSES\n=   EXIT CODE: 9\n" + rule
+    tail = b"YOUR APPLICATION TERMINATED WITH THE EXIT STRING: Killed (signal 9)\n"
+    for status, code in ((b"[vm:0] 9,512", 2), (b"[vm] 0,9", 137), (b"[a:0] 0 [b:1] 768,9", 3)):
+        source, target = os.pipe()
+        os.write(
+            target, b"== a line\n\r 10 %" + b"\n" + box + tail + b"[mpiexec@vm] Exit codes: " + status + b"\n[1] x"
+        )
+        os.close(target)
+        seen, codes = _Bytes(), []
+        mpi_run._forward_hydra(source, seen, codes)
+        os.close(source)
+        assert seen.data == b"== a line\n\r 10 %\n[1] x"
+        assert mpi_run._reason(codes) == code
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("packages", [["mpich"], ["impi-rt", "impi-devel"]], ids=["mpich", "intel"])
+def test_set_up_and_training_with_another_mpi(packages, tmp_path, demo_data):
+    """An environment of its own on top of this one. Horovod is built once and kept in the user's cache (4 minutes);
+    Intel's only where TEST_INTEL_MPI=1 asks for it: CI has no time for both."""
+    if packages[0] != "mpich" and not os.environ.get("TEST_INTEL_MPI"):
+        pytest.skip("set TEST_INTEL_MPI=1 to build and try Horovod with Intel MPI")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    (site,) = (tmp_path / "env").glob("lib/python3*/site-packages")
+    (site / "below.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    bin = tmp_path / "env/bin"
+    got = run(bin / "python", "-m", "pip", "install", "-q", "--ignore-installed", "mpi4py", *packages, timeout=300)
+    if got.returncode:
+        pytest.skip(f"cannot install {packages}: {got.stderr[-200:]}")
+    env = {"VIRTUAL_ENV": str(tmp_path / "env"), "PATH": f"{bin}:{os.environ['PATH']}"}
+    done = install("--extras", "test", env=env, timeout=1500)
+    assert done.returncode == 0 and "mpi4py sees both ranks" in done.stdout, done.stdout + done.stderr
+    train = [bin / "horovodrun", "-np", "2", "python", "-m", "job.train", "--recipe", "demo", "--eval-every", "0"]
+    out = str(tmp_path / "run")
+    done = run(*train, "--data", str(demo_data), "--out", out, "--max-steps", "4", env=env)
+    assert done.returncode == 0 and "run directory" in done.stdout, done.stdout + done.stderr
+    refused(run(*train, "--data", "/nowhere", "--out", out, env=env), "/nowhere")
+    start = time.monotonic()
+    refused(run(*train, "--recipe", "nosuch", env=env), "nosuch")
+    assert time.monotonic() - start < 14, "ranks other than 0 do not wait for a launcher that ends nobody"
+    packed = run(bin / "mpirun", "-np", "2", "python", "-m", "shards.pack", "shards/demo", str(tmp_path / "data"),
+                 "--resize", "70", env=env)  # fmt: skip
+    assert packed.returncode == 0, packed.stdout + packed.stderr
+    assert (tmp_path / "data/train.json").read_bytes() == (demo_data / "train.json").read_bytes()
+    chosen = "(hands_on or request_to_stop or one_task) and not gloo"
+    done = run(bin / "python", "-m", "pytest", "-q", "tests/test_setup.py", "-k", chosen, env=env, timeout=300)
+    assert done.returncode == 0, done.stdout
 
 
 @ours
