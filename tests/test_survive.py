@@ -356,7 +356,9 @@ def test_two_jobs_do_not_share_a_run_directory_and_a_crash_leaves_no_lock(demo_d
             process.kill()
         assert job.ended(60) != 0
     step = newest_step(out)
-    third = python("job.train", *SMALL, "--data", str(demo_data), "--out", str(out), *LONG, "--max-steps", f"{step + 2}")
+    third = python(
+        "job.train", *SMALL, "--data", str(demo_data), "--out", str(out), *LONG, "--max-steps", f"{step + 2}"
+    )
     assert third.returncode == 0 and f"from step {step + 1} to" in third.stdout, third.stdout + third.stderr
 
 
