@@ -298,3 +298,57 @@ def test_a_state_is_kept_only_after_an_average_which_is_made_once(monkeypatch):
         strategy.after_update(step)
         counts.append(len(averages))
     assert counts == [0, 2, 2, 4]
+
+
+def test_ranks_that_are_lost_again_and_again_at_one_step_end_the_job(monkeypatch):
+    """An error that every attempt meets again is no lost host; one that a commit came after is."""
+    from job import elastic
+    from job.ranks import Failed
+
+    monkeypatch.setattr(elastic.heartbeat, "ELASTIC", True)
+    monkeypatch.setattr(elastic.heartbeat, "forget", lambda: None)
+    monkeypatch.setattr(elastic, "notification_manager", types.SimpleNamespace(init=int, register_listener=str))
+    monkeypatch.setattr(elastic, "_find_each_other", lambda: None)
+    fake = types.SimpleNamespace(size=lambda: 1, rank=lambda: 0, broadcast_object=lambda value, name: value)
+    monkeypatch.setattr(elastic, "hvd", fake)
+    calls = []
+
+    def train(config, memory):
+        assert memory._every == 56  # --commit-every 50, where the ranks are equal
+        calls.append(memory.step)
+        if len(calls) < 8:  # hosts that go, while the run gets on
+            memory.step = 50 * len(calls)
+        raise elastic.HorovodInternalError("the same error\nas before")
+
+    cfg = settings("run", "--parallel", "weights", "--average-every", "7")
+    with pytest.raises(Failed, match=f"lost {elastic.MOST_LOSSES} times after step 350.*: the same error as before"):
+        elastic.run_elastic(train, cfg)
+    assert calls[:8] == [None, 50, 100, 150, 200, 250, 300, 350] and len(calls) == 7 + elastic.MOST_LOSSES - 1
+    memory = elastic.Memory(56)
+    assert [step for step in range(7, 120) if memory.due(step, 7)] == [7, 56, 112]
+
+
+def test_a_trace_that_cannot_be_written_is_reported_and_does_not_end_training(tmp_path):
+    from job.runlog import RunLog
+    from job.timing import Trace
+
+    log = RunLog(str(tmp_path / "run"), active=True)
+    for folder, failures in ((tmp_path, 0), (tmp_path / "no such folder", 1)):
+        trace = Trace(str(folder / "profile.json"), 0, 1, log.attempt)
+        for step in range(5):
+            trace.before(step)
+        trace.close()
+        assert log.failures == failures
+    assert (tmp_path / "profile.json").stat().st_size > 100
+
+
+def test_settings_that_cannot_be_written_do_not_end_training(tmp_path, monkeypatch):
+    from job.runlog import RunLog
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(config, "write_yaml", full)
+    log = RunLog(str(tmp_path / "run"), active=True)
+    assert find_resume(settings(tmp_path / "run"), SPLIT, MEAN, log)["step"] == 0
+    assert log.failures == 1
