@@ -3,11 +3,13 @@
 import json
 import shutil
 
+import horovod.torch as hvd
 import pytest
 import torch
 
 from job import config, evaluate
 from job.checkpoint import CheckpointWriter
+from job.loader import Loader
 from job.model import build
 from job.train import check_data
 from shards.cli import InputError
@@ -34,10 +36,15 @@ def network(demo_data, tmp_path_factory):
     return str(folder / "best.pt")
 
 
-def run(network, data, capfd, *options):
-    import horovod.torch as hvd
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    """One rank without MPI, which would leave its traces in the environment of other tests' processes."""
+    for name, value in {"rank": 0, "size": 1, "local_rank": 0, "local_size": 1}.items():
+        monkeypatch.setattr(hvd, name, lambda value=value: value)
+    monkeypatch.setattr(hvd, "allreduce", lambda tensor, **_: tensor)
 
-    hvd.init()
+
+def run(network, data, capfd, *options):
     arguments = [network, "--data", str(data), "--json", "--workers", "0", "--device", "cpu", *options]
     evaluate.evaluate(evaluate.parse(arguments))
     captured = capfd.readouterr()
@@ -123,11 +130,6 @@ def test_training_refuses_shards_that_do_not_fit(tmp_path):
 
 def test_validation_images_of_another_size_have_the_mean_of_their_centre(tmp_path):
     """Whatever the place of the crop in the stored image is, and without a read beyond the mean image."""
-    import horovod.torch as hvd
-
-    from job.loader import Loader
-
-    hvd.init()
     split = write_split(tmp_path, [4], side=80, labels=[0, 1, 0, 1], name="val")
 
     class Sums(torch.nn.Module):

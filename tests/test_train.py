@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from job.checkpoint import digest
 from shards.split import image_member, load_split, read_idx
 from tests.launch import error_lines, horovodrun, metrics, python
 from tests.shardmaker import damage
@@ -149,8 +150,13 @@ def test_resume_passes_over_a_damaged_checkpoint_and_says_so(demo_data, tmp_path
     damaged = bytearray(newest.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     newest.write_bytes(damaged)
+    before = out / "checkpoints" / "step-00000005.pt"
+    torch.save({**torch.load(before, weights_only=True), "by": "fast kernels on cuda"}, before)
+    before.with_suffix(".pt.sha256").write_text(digest(str(before)))
     done = train(1, demo_data, out, *options, "--max-steps", "10")
     assert "passed over the checkpoint" in done.stderr and "step-00000010.pt" in done.stderr
+    assert "moved step-00000010.pt to" in done.stderr
+    assert "computed by fast kernels on cuda, the next are by plain kernels on cpu" in done.stderr
     assert losses(out) == expected
 
 
