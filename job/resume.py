@@ -18,7 +18,7 @@ def find_resume(config: settings.Config, split, mean, log) -> dict:
     """Where to start: {"path", "step", "wall_seconds", "best", "owed", "by"}; path is empty for a new run. Rank 0 only.
 
     `--resume FILE` and `none` say how a run begins: once its directory has a checkpoint, the same command goes on from
-    that, as a requeued job must. Writes config.yaml. `mean`: float32 (3, S, S), subtracted from a centre crop.
+    that, as a requeued job must. `mean`: float32 (3, S, S), subtracted from a centre crop.
     Raises InputError when the run directory or the checkpoint has other settings or data.
     """
     flat = settings.to_flat(config)
@@ -41,12 +41,15 @@ def find_resume(config: settings.Config, split, mean, log) -> dict:
                 f"{path} is the end of a shorter run: its last average, after step {start['step']}, is one more than "
                 f"--average-every {config.average_every} alone would have made"
             )
-    log.attempt("config.yaml", lambda: settings.write_yaml(flat, known))
     return start
 
 
-def leave_behind(start: dict, log) -> None:
-    """Move later checkpoints out of the way, and say so; a best result counts only while its best.pt is there."""
+def leave_behind(start: dict, config: settings.Config, log) -> None:
+    """Begin at `start`: write config.yaml, and move later checkpoints out of the way, which is reported.
+
+    A best result counts only while its best.pt is there.
+    """
+    log.attempt("config.yaml", lambda: settings.write_yaml(settings.to_flat(config), log.path("config.yaml")))
     folder = log.path("checkpoints")
     try:
         moved = checkpoint.set_aside(folder, start["step"])

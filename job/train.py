@@ -71,7 +71,7 @@ def train(config: settings.Config, memory) -> None:
         log.say(already_finished(config, first_step, last_step))
         return
     if rank == 0:
-        leave_behind(resumed, log)
+        leave_behind(resumed, config, log)
     best = resumed["best"]
     log.open(first_step)
     about = {"world_size": world_size, "last_step": last_step, "slurm_job": os.environ.get("SLURM_JOB_ID")}

@@ -136,7 +136,7 @@ def test_going_on_from_an_earlier_step_leaves_the_later_ones_behind(tmp_path):
     log = Log(tmp_path)
     start = find_resume(settings(tmp_path, "--checkpoint-keep", "1"), SPLIT, MEAN, log)
     assert start["step"] == 500 and "step-00001000.pt" in log.lines[0]
-    leave_behind(start, log)
+    leave_behind(start, settings(log.out), log)
     assert "step-00001000.pt, best.pt" in log.lines[-1] and "set-aside" in log.lines[-1]
     assert start["best"] == -1  # the best network was of the part that was left
     assert steps(tmp_path) == [500] and len(log.lines) == 2
@@ -150,7 +150,7 @@ def test_a_best_network_of_an_earlier_step_still_counts(tmp_path):
     save(tmp_path, 600)
     log = Log(tmp_path)
     start = find_resume(settings(tmp_path), SPLIT, MEAN, log)
-    leave_behind(start, log)
+    leave_behind(start, settings(log.out), log)
     assert (start["step"], start["best"], log.lines) == (600, 0.5, [])
     assert fault(str(tmp_path / "checkpoints" / "best.pt")) == ""
 
@@ -177,7 +177,7 @@ def test_an_explicit_start_holds_until_the_run_has_a_checkpoint_of_its_own(tmp_p
     for _ in range(2):  # the second time after a kill before the first checkpoint
         log = Log(out)
         start = find_resume(settings(out, "--resume", path), SPLIT, MEAN, log)
-        leave_behind(start, log)
+        leave_behind(start, settings(log.out), log)
         assert (start["step"], log.lines) == (40 if resume == "file" else 0, [])
         assert start["best"] == -1  # the other run's best.pt is not here
     save(out, 50)
@@ -189,7 +189,7 @@ def test_an_explicit_start_holds_until_the_run_has_a_checkpoint_of_its_own(tmp_p
 
 def test_starting_anew_asks_for_a_directory_without_checkpoints_of_other_settings(tmp_path):
     log = Log(tmp_path)
-    find_resume(settings(tmp_path), SPLIT, MEAN, log)
+    leave_behind(find_resume(settings(tmp_path), SPLIT, MEAN, log), settings(tmp_path), log)
     with pytest.raises(InputError, match="--seed 1, not 2"):
         find_resume(settings(tmp_path, "--seed", "2"), SPLIT, MEAN, log)
     assert find_resume(settings(tmp_path, "--seed", "2", "--resume", "none"), SPLIT, MEAN, log)["step"] == 0
@@ -350,5 +350,5 @@ def test_settings_that_cannot_be_written_do_not_end_training(tmp_path, monkeypat
 
     monkeypatch.setattr(config, "write_yaml", full)
     log = RunLog(str(tmp_path / "run"), active=True)
-    assert find_resume(settings(tmp_path / "run"), SPLIT, MEAN, log)["step"] == 0
+    leave_behind(find_resume(settings(tmp_path / "run"), SPLIT, MEAN, log), settings(tmp_path / "run"), log)
     assert log.failures == 1
