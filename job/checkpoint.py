@@ -6,22 +6,29 @@ validation; nothing in them needs unpickling of more than tensors and plain valu
 
 import contextlib
 import hashlib
+import math
 import os
 import re
 import shutil
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
+from job.config import from_flat
 from shards.cli import InputError
 from shards.split import sync_folder, write_whole
 
+if TYPE_CHECKING:
+    from job.model import AlexNet
+
 _NAME = re.compile(r"step-(\d{8,})\.pt")
-_FILE = re.compile(r"(step-\d{8,}\.pt)(\.sha256)?(.*\.tmp)?")
+_FILE = re.compile(r"(step-(\d{8,})\.pt|best\.pt)(\.sha256)?(.*\.tmp)?")
 FORMAT = 1
+# Folder, among the checkpoints, of those of later steps than the one that a run goes on from. Nothing reads it.
+ASIDE = "set-aside"
 
 
 def checkpoint_path(folder: str, step: int) -> str:
@@ -42,13 +49,62 @@ def list_checkpoints(folder: str) -> list[tuple[int, str]]:
 
 
 def fault(path: str) -> str:
-    """Why a checkpoint cannot be trusted, or an empty text: it must match the sha256 written beside it."""
+    """Why a checkpoint cannot be trusted, or an empty text: it must match a sha256 written beside it."""
     try:
-        with open(f"{path}.sha256", encoding="ascii") as file:
-            wanted = file.read().split()[0]
-        return "" if digest(path) == wanted else "its sha256 does not match: it is damaged or half written"
+        known = _digests(path)
+        found = digest(path)
+        # Read again: a running job may have replaced both files meanwhile.
+        good = found in known or found in _digests(path)
+        return "" if good else "its sha256 does not match: it is damaged or half written"
     except (OSError, IndexError, UnicodeDecodeError) as error:
         return f"it cannot be verified: {error}"
+
+
+def _digests(path: str) -> list[str]:
+    """The sha256 beside a checkpoint; two while it is being replaced, of the new file and of the old one."""
+    with open(f"{path}.sha256", encoding="ascii") as file:
+        return [line.split()[0] for line in file]
+
+
+def put_in_place(source: str, sha256: str, target: str) -> None:
+    """Rename a file that is on disk to `target`. A kill at any moment leaves a `target` that matches its sha256."""
+    folder, name = os.path.split(target)
+    new, old = f"{sha256}  {name}\n", ""
+    if os.path.exists(target):
+        with contextlib.suppress(OSError, UnicodeDecodeError), open(f"{target}.sha256", encoding="ascii") as file:
+            old = file.read()
+    write_whole(f"{target}.sha256", f"{new}{old}".encode())
+    sync_folder(folder)
+    os.replace(source, target)
+    sync_folder(folder)
+    if old:
+        write_whole(f"{target}.sha256", new.encode())
+
+
+def set_aside(folder: str, step: int) -> list[str]:
+    """Move what was written after `step`, best.pt too, into the folder `set-aside`: a run goes on from `step`.
+
+    Returns: the names of what was moved.
+    """
+    late = [os.path.basename(path) for found, path in list_checkpoints(folder) if found > step]
+    best = os.path.join(folder, "best.pt")
+    if os.path.exists(best) and not _step_of(best) <= step:
+        late.append("best.pt")
+    aside = os.path.join(folder, ASIDE)
+    for name in late:
+        os.makedirs(aside, exist_ok=True)
+        for ending in ("", ".sha256"):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(os.path.join(folder, name + ending), os.path.join(aside, name + ending))
+    return late
+
+
+def _step_of(path: str) -> float:
+    """Step of a checkpoint; infinite when it cannot be read. Its tensors stay on disk."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+    except Exception:  # torch.load raises errors of many kinds on damaged files
+        return math.inf
 
 
 def newest_good(folder: str, warn: Callable[[str], None]) -> str:
@@ -92,17 +148,37 @@ def load(path: str) -> dict[str, Any]:
             raise ValueError(f"format {state['format']}")
         for name in ("step", "model", "velocity", "config", "data", "mean", "classes"):
             state[name]
+        from_flat(state["config"], path)
+    except InputError:
+        raise
     except Exception as error:  # torch.load raises errors of many kinds on damaged files
         reason = str(error).split("\n")[0][:200]
         raise InputError(f"{path} is not a checkpoint of job.train that can be read: {reason}") from None
     return state
 
 
+def network(state: dict[str, Any], path: str) -> "AlexNet":
+    """The network of a checkpoint's content, with its weights.
+
+    Raises:
+        InputError: the weights do not fit its settings, as of another version of this project.
+    """
+    from job.model import build
+
+    model = build(from_flat(state["config"], path))
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} holds the weights of another network than its settings: {reason}") from None
+    return model
+
+
 class CheckpointWriter:
     """Writes checkpoints in a thread of its own; training goes on with the next step meanwhile.
 
     A write that fails (disk full, folder gone) does not end the run: it is told to `warn`, counted in `failures`, and
-    leaves the older checkpoints as they are. `last_failed` says whether the newest was such a one.
+    leaves the older checkpoints as they are. `last_failed`: the newest checkpoint was not written.
     """
 
     def __init__(self, folder: str, keep: int, warn: Callable[[str], None]):
@@ -140,13 +216,8 @@ class CheckpointWriter:
                 torch.save(content, digesting)
                 file.flush()
                 os.fsync(file.fileno())
-            # The digest first: a checkpoint under its final name always has one.
-            write_whole(f"{path}.sha256", f"{digesting.sha256.hexdigest()}  {os.path.basename(path)}\n".encode())
-            os.replace(temporary, path)
-            sync_folder(self.folder)
-            if best:
-                self._keep_as_best(path)
-            self._remove_old()
+            sha256 = digesting.sha256.hexdigest()
+            put_in_place(temporary, sha256, path)
             self.last_failed = False
         except Exception as error:  # whatever it is, training must go on and the user must know
             self.failures += 1
@@ -156,24 +227,34 @@ class CheckpointWriter:
                 for leftover in (temporary, *([] if os.path.exists(path) else [f"{path}.sha256"])):
                     if os.path.exists(leftover):
                         os.unlink(leftover)
+            return
+        try:
+            if best:
+                self._keep_as_best(path, sha256)
+            self._remove_old(step)
+        except Exception as error:  # the checkpoint itself is good
+            self.failures += 1
+            self.warn(f"step {step} is saved, but best.pt or old files of {self.folder} are not in order: {error}")
 
-    def _keep_as_best(self, path: str) -> None:
+    def _keep_as_best(self, path: str, sha256: str) -> None:
         best = os.path.join(self.folder, "best.pt")
-        for source, target in ((path, best), (f"{path}.sha256", f"{best}.sha256")):
-            temporary = f"{target}.tmp"
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-            try:
-                os.link(source, temporary)  # a second name costs nothing
-            except OSError:  # a file system without hard links
-                shutil.copyfile(source, temporary)
-            os.replace(temporary, target)
+        temporary = f"{best}.tmp"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        try:
+            os.link(path, temporary)  # a second name costs nothing
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        put_in_place(temporary, sha256, best)
 
-    def _remove_old(self) -> None:
-        """Keep the newest; remove the others, and what a write that was killed has left."""
-        kept = {os.path.basename(path) for _, path in list_checkpoints(self.folder)[: self.keep]}
+    def _remove_old(self, step: int) -> None:
+        """Keep the newest up to `step`, which is just written; remove older ones, and what a killed write has left."""
+        newest = [name for found, name in list_checkpoints(self.folder) if found <= step][: self.keep]
+        kept = {"best.pt", *map(os.path.basename, newest)}
         for name in os.listdir(self.folder):
-            if (m := _FILE.fullmatch(name)) and (m[1] not in kept or m[3]):
+            if (m := _FILE.fullmatch(name)) and (m[4] or m[1] not in kept and int(m[2]) <= step):
                 os.unlink(os.path.join(self.folder, name))
 
 

@@ -76,11 +76,17 @@ class Config:
         "what the ranks average: gradients before, or weights and momenta after the update; hybrid: gradients of the "
         "convolutions, with fc6 to fc8 split among the ranks",
     )
-    average_every: int = setting(1, "parallel weights: steps between two averages")
+    average_every: int = setting(
+        1, "parallel weights: steps between two averages; checkpoints, validations and stops wait for the next one"
+    )
     wire: Literal["fp32", "fp16"] = setting(
         "fp32", "parallel gradients: type in which gradients travel; fp16 halves the bytes and rounds them"
     )
-    resume: str = setting("auto", "auto: newest good checkpoint of the run directory; none: start anew; or a file")
+    resume: str = setting(
+        "auto",
+        "auto: newest good checkpoint of the run directory; none: start anew; or a file to start from; none and a file "
+        "only while the run directory has no checkpoint",
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU for each rank where there is one")
     precision: Literal["fp32", "tf32", "bf16"] = setting(
         "fp32", "tf32: a GPU multiplies with 10 bits of mantissa; bf16: autocast to bfloat16; weights stay fp32"
@@ -90,7 +96,9 @@ class Config:
     )
     deterministic: bool = setting(False, "the same seed gives the same bits on a GPU too, at some cost in speed")
     image_size: int = setting(227, "side of the square that is cropped for the network, in pixels; 67 or more")
-    checkpoint_every: int = setting(0, "steps between checkpoints; 0: after validation and at the end only")
+    checkpoint_every: int = setting(
+        0, "steps between checkpoints, besides those after a validation and at the end; 0: after each epoch"
+    )
     checkpoint_keep: int = setting(3, "newest checkpoints that are kept, besides the best one")
     eval_every: int = setting(1, "epochs between validations; 0: none, and no validation shards are needed")
     commit_every: int = setting(50, "elastic training: steps between copies of the state that ranks go on from")
@@ -103,9 +111,24 @@ class Config:
     metrics: Metrics = field(default_factory=Metrics)
 
 
+# Schedules whose rate depends on the length of the run: under them `epochs` cannot change.
+SCHEDULES_TO_THE_END = ("cosine", "poly")
+
+# Settings without effect unless another one has one of these values.
+ONLY_WITH = {
+    "wire": ("parallel", ("gradients",)),
+    "average-every": ("parallel", ("weights",)),
+    "optim.lars-trust": ("optim.kind", ("lars",)),
+    "optim.step-epochs": ("optim.schedule", ("step",)),
+    "optim.step-factor": ("optim.schedule", ("step",)),
+    "optim.poly-power": ("optim.schedule", ("poly",)),
+}
+
 # Settings that may differ between a run and its continuation: none of them changes what is computed at a given step.
+# `epochs` may too, but for SCHEDULES_TO_THE_END. Device and kernels decide how sums are rounded and which units dropout
+# drops: a change of them is reported when a run goes on.
 MAY_CHANGE = frozenset(
-    "recipe data out epochs max-steps workers resume device checkpoint-every checkpoint-keep eval-every commit-every "
+    "recipe data out max-steps workers resume device checkpoint-every checkpoint-keep eval-every commit-every "
     "log-every kernels timeline profile metrics.textfile data.max-bad-fraction".split()
 )
 
@@ -210,22 +233,43 @@ def parse(arguments: list[str] | None, prog: str, description: str) -> Config:
     """The run's settings: defaults, then the recipe, then `arguments`. Raises InputError."""
     given = vars(parser(prog, description).parse_args(arguments))
     given = {name: convert(name, value, "command line") for name, value in given.items()}
-    values = read_flat(recipe_path(given.get("recipe", Config().recipe)))
-    values.update(given)
-    config = from_flat(values)
+    recipe = read_flat(recipe_path(given.get("recipe", Config().recipe)))
+    config = from_flat({**recipe, **given})
     if not config.out:
         config.out = os.path.join("runs", os.path.basename(config.recipe).removesuffix(".yaml"))
     check(config)
+    refuse_ignored(to_flat(config), given, recipe)
     return config
 
 
-def from_flat(values: dict[str, Any]) -> Config:
-    """Config with the settings of `values` (flat names); the rest are defaults."""
+def from_flat(values: dict[str, Any], where: str = "settings") -> Config:
+    """Config with the settings of `values` (flat names); the rest are defaults. Raises InputError naming `where`."""
     config = Config()
+    if not isinstance(values, dict):
+        raise InputError(f"{where} holds no settings of job.train")
     for name, value in values.items():
+        if name not in LEAVES:
+            raise InputError(
+                f"{where} has a setting {name!r} that this version does not know; use the version it is of"
+            )
         group, leaf = LEAVES[name]
-        setattr(getattr(config, group) if group else config, leaf.name, value)
+        setattr(getattr(config, group) if group else config, leaf.name, convert(name, value, where))
     return config
+
+
+def refuse_ignored(flat: dict[str, Any], given: dict[str, Any], recipe: dict[str, Any]) -> None:
+    """Raise InputError for a setting that was given, is not the default, and would change nothing.
+
+    Not for one of a recipe which the command line has made idle: `--recipe large-batch --optim.kind sgd`.
+    """
+    defaults = to_flat(Config())
+    for name, (other, values) in ONLY_WITH.items():
+        mine = name in given or name in recipe and other not in given
+        if mine and flat[name] != defaults[name] and flat[other] not in values:
+            raise InputError(
+                f"--{name} {flat[name]} has no effect with --{other} {flat[other]}, only with {' or '.join(values)}; "
+                "leave it out"
+            )
 
 
 def to_flat(config: Config) -> dict[str, Any]:

@@ -4,6 +4,7 @@ In: train, which can be called again in the same process, and the state that it 
 whose ranks come and go under `horovodrun --host-discovery-script`, with the same global batches whatever the ranks.
 """
 
+import math
 import os
 import sys
 import time
@@ -24,6 +25,8 @@ from shards.cli import InputError, positive_number
 
 # Times that the ranks try to find each other anew: yet another host may vanish meanwhile.
 ATTEMPTS = 3
+# Ranks lost in a row without a commit in between from which on it is no host's fault: the job would lose them for ever.
+MOST_LOSSES = 5
 # Seconds that ranks whose number does not divide the global batch wait for hosts to come or go.
 WAIT_SECONDS = positive_number("HOROVOD_ELASTIC_TIMEOUT", 600)
 
@@ -35,6 +38,7 @@ class Memory:
         reason: why training goes on with other ranks; empty in a process that has just started.
         step: the step that the copy is of; None: there is none.
         state: the copy, as a checkpoint holds it.
+        losses: times in a row that ranks were lost before the next commit; error: what was said of it last.
     """
 
     def __init__(self, every: int):
@@ -45,6 +49,7 @@ class Memory:
         self._kept: dict[str, torch.Tensor] = {}
         self._since = 0.0
         self._hosts_changed = False
+        self.losses, self._lost_at, self.error = 0, None, ""
 
     def due(self, step: int, first_step: int) -> bool:
         """Whether to commit behind `step`; `first_step` is where this call of train has begun."""
@@ -65,15 +70,19 @@ class Memory:
         """Called by Horovod's own thread."""
         self._hosts_changed = True
 
-    def ranks_changed(self, reason: str) -> None:
+    def ranks_changed(self, reason: str, lost: bool = False) -> None:
         self.reason, self._hosts_changed = reason, False
+        if lost:
+            self.losses = self.losses + 1 if self.step == self._lost_at else 1
+            self._lost_at = self.step
 
     def start(self) -> dict[str, Any] | None:
         """Where to go on, as resume.find_resume says it; None when nothing was committed."""
         if self.step is None:
             return None
         seconds = self.state["wall_seconds"] + time.time() - self._since
-        return {"path": "", "step": self.step, "wall_seconds": seconds, "best": self.state["best"], "owed": False}
+        known = {name: self.state[name] for name in ("best", "by")}
+        return {"path": "", "step": self.step, "wall_seconds": seconds, "owed": False, **known}
 
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put what was committed into a model and its optimizer, if anything was."""
@@ -83,7 +92,9 @@ class Memory:
 
 def run_elastic(train: Callable[[Config, Memory], None], config: Config) -> None:
     """Call `train`, under horovodrun's elastic mode again after each change of the ranks, until it returns."""
-    memory = Memory(config.commit_every)
+    # The state of the ranks can be copied only where they are equal.
+    each = config.average_every if config.parallel == "weights" else 1
+    memory = Memory(math.ceil(config.commit_every / each) * each)
     if not heartbeat.ELASTIC:
         return train(config, memory)
     if config.parallel not in ("gradients", "weights"):
@@ -92,10 +103,12 @@ def run_elastic(train: Callable[[Config, Memory], None], config: Config) -> None
     notification_manager.register_listener(memory)
     while True:
         try:
+            _give_up_after(memory)
             _await_fitting(config, memory)
             return train(config, memory)
-        except HorovodInternalError:
-            memory.ranks_changed("a rank was lost")
+        except HorovodInternalError as error:
+            memory.ranks_changed("a rank was lost", lost=True)
+            memory.error = str(error)
         except HostsUpdatedInterrupt:
             memory.ranks_changed("hosts have come or gone")
         # Outside of `except`: all that train has built is free by now.
@@ -113,6 +126,14 @@ def _find_each_other() -> None:
             time.sleep(1)
     print(f"{heartbeat.here()}: no longer one of the job's hosts, or the others cannot be reached", file=sys.stderr)
     leave(1)
+
+
+def _give_up_after(memory: Memory) -> None:
+    """Raise Failed, on all ranks, when the ranks are lost again and again at the same place."""
+    losses, error = hvd.broadcast_object((memory.losses, memory.error), name="losses")
+    if losses >= MOST_LOSSES:
+        reason = " ".join(error.split())[:200]
+        raise Failed(f"ranks were lost {losses} times after step {memory.step or 0}, without getting on: {reason}")
 
 
 def _await_fitting(config: Config, memory: Memory) -> None:

@@ -22,12 +22,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def export_onnx(state: dict, path: str) -> None:
+def export_onnx(state: dict, model, path: str) -> None:
     """Write an ONNX graph: `pixels` (N, 3, S, S) float32 RGB 0..255, centre crop -> `scores` (N, classes)."""
     import torch
-
-    from job.config import from_flat
-    from job.model import build
 
     # The exporter tells of packages and of PyTorch's internals that do not concern this network.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -37,9 +34,6 @@ def export_onnx(state: dict, path: str) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(f"{error.name} is not installed; pip install -e '.[export]'") from None
-    config = from_flat(state["config"])
-    model = build(config)
-    model.load_state_dict(state["model"])
 
     class FromPixels(torch.nn.Module):
         def __init__(self) -> None:
@@ -50,7 +44,7 @@ def export_onnx(state: dict, path: str) -> None:
         def forward(self, pixels):
             return self.network(pixels - self.mean)
 
-    example = torch.zeros(2, 3, config.image_size, config.image_size)
+    example = torch.zeros(2, *state["mean"].shape)
     torch.onnx.export(
         FromPixels().eval(),
         (example,),
@@ -64,14 +58,14 @@ def export_onnx(state: dict, path: str) -> None:
     )
 
 
-def export_safetensors(state: dict, path: str) -> None:
+def export_safetensors(state: dict, model, path: str) -> None:
     """Write weights under their names in job.model, `mean` (3, S, S), and settings and class names as metadata."""
     try:
         from safetensors.torch import save_file
     except ImportError as error:
         raise InputError(f"{error.name} is not installed; pip install -e '.[export]'") from None
     metadata = {"config": json.dumps(state["config"]), "classes": json.dumps(state["classes"])}
-    save_file({**state["model"], "mean": state["mean"]}, path, metadata={"format": "pt", **metadata})
+    save_file({**model.state_dict(), "mean": state["mean"]}, path, metadata={"format": "pt", **metadata})
 
 
 def main() -> None:
@@ -85,9 +79,10 @@ def main() -> None:
     state = checkpoint.load(path)
     size = sum(value.numel() for value in state["model"].values())
     print(f"{path}: writing {size:,} weights as {options.format} ...", file=sys.stderr, flush=True)
+    model = checkpoint.network(state, path)
     temporary = f"{options.out}.{os.getpid()}.tmp"
     try:
-        {"onnx": export_onnx, "safetensors": export_safetensors}[options.format](state, temporary)
+        {"onnx": export_onnx, "safetensors": export_safetensors}[options.format](state, model, temporary)
         os.replace(temporary, options.out)
     except OSError as error:
         raise InputError(f"cannot write {options.out}: {error.strerror or error}") from None

@@ -26,7 +26,13 @@ def average_statistics(model: nn.Module) -> None:
 
 
 class Alone:
-    """No averaging: this rank for itself, as measurements need it."""
+    """No averaging: this rank for itself, as measurements need it.
+
+    Attributes:
+        every: after a multiple of so many steps the ranks are equal, and the state can be kept.
+    """
+
+    every = 1
 
     def __init__(self, optimizer: MomentumSGD):
         self.optimizer = optimizer
@@ -124,6 +130,7 @@ class Weights(Alone):
     def __init__(self, model: nn.Module, optimizer: MomentumSGD, every: int = 1):
         self.optimizer = optimizer
         self.every = every
+        self._equal = True
         self._model = model
         params = [p for group in optimizer.param_groups for p in group["params"]]
         size = sum(2 * aligned(p.numel()) for p in params)
@@ -141,12 +148,15 @@ class Weights(Alone):
                         optimizer.state[param]["velocity"] = view
 
     def after_update(self, step: int) -> None:
-        if (step + 1) % self.every == 0:
+        self._equal = (step + 1) % self.every == 0
+        if self._equal:
             self._average()
 
     def equalise(self) -> None:
         """Average weights, velocities and running statistics of all ranks."""
-        self._average()
+        if not self._equal:  # the average of equal numbers may be another one in its last bit
+            self._average()
+            self._equal = True
         average_statistics(self._model)
 
     def _average(self) -> None:

@@ -5,7 +5,10 @@ recorded in the stream and read some steps later, when they have long passed.
 """
 
 import collections
+import errno
+import os
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -82,12 +85,15 @@ class StepTimer:
 
 
 class Trace:
-    """Trace of `count` steps by torch's profiler, soon after the first step, in the format of chrome://tracing."""
+    """Trace of `count` steps by torch's profiler, soon after the first step, in the format of chrome://tracing.
+
+    `attempt` (runlog.RunLog.attempt) calls the function that writes it, and reports its OSError.
+    """
 
     SKIP = 3  # first steps of a process are unlike the others
 
-    def __init__(self, path: str, first_step: int, count: int):
-        self._path = path
+    def __init__(self, path: str, first_step: int, count: int, attempt: Callable[[str, Callable[[], None]], None]):
+        self._path, self._attempt = path, attempt
         self._start = first_step + self.SKIP
         self._stop = self._start + count
         self._profiler: torch.profiler.profile | None = None
@@ -104,8 +110,16 @@ class Trace:
         """Write what has been traced, if that has not happened."""
         if self._profiler is not None:
             self._profiler.stop()
-            self._profiler.export_chrome_trace(self._path)
+            self._attempt(os.path.basename(self._path), self._write)
             self._profiler = None
+
+    def _write(self) -> None:
+        self._profiler.export_chrome_trace(self._path)
+        # The profiler keeps silent about a file that it could not write, or only in part.
+        with open(self._path, "rb") as file:
+            file.seek(-min(64, os.fstat(file.fileno()).st_size), os.SEEK_END)
+            if not file.read().rstrip().endswith(b"}"):
+                raise OSError(errno.EIO, "written in part")
 
 
 class LateLoss:

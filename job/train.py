@@ -29,7 +29,7 @@ def train(config: settings.Config, memory) -> None:
     from job.agree import agree, split_facts
     from job.augment import load_mean, to_device
     from job.checkpoint import CheckpointWriter
-    from job.evaluate import validate
+    from job.evaluate import match_size, validate
     from job.loader import Loader
     from job.model import build
     from job.optim import learning_rate
@@ -37,7 +37,7 @@ def train(config: settings.Config, memory) -> None:
     from job.passes import make_optimizer, make_pass, set_determinism, set_precision
     from job.progress import Progress
     from job.ranks import Failed, Stopped, stop_signals
-    from job.resume import find_resume, fingerprint, restore
+    from job.resume import content, find_resume, fingerprint, leave_behind, restore
     from job.runlog import RunLog
     from job.runprofile import run_profile
     from job.timing import COMPUTE, EXPOSED, UPDATE, LateLoss, StepTimer, Trace
@@ -62,18 +62,23 @@ def train(config: settings.Config, memory) -> None:
     agreed = agree(settings.to_flat(config), open_data)
     device, kernels, (split, val_split) = agreed.device, agreed.kernels, agreed.found
     config.model.classes = config.model.classes or len(split.classes)
+    mean = load_mean(split, device)
+    centre_mean = mean_crop(mean, config.image_size)
     batch, nsamples = config.global_batch, split.nsamples
     total_steps = math.ceil(config.epochs * nsamples / batch)
     last_step = min(total_steps, config.max_steps or total_steps)
 
     # The run directory; and where to go on, when it holds a run that was cut off.
     log = RunLog(config.out, active=rank == 0)
-    found = (memory.start() or find_resume(config, split, log)) if rank == 0 else None
+    found = (memory.start() or find_resume(config, split, centre_mean, log)) if rank == 0 else None
     resumed = hvd.broadcast_object(found, name="resume")
-    first_step, wall_before, best = resumed["step"], resumed["wall_seconds"], resumed["best"]
+    first_step, wall_before = resumed["step"], resumed["wall_seconds"]
     if first_step >= last_step and not resumed["owed"]:
-        log.say(f"{config.out} is finished: {first_step} steps of {last_step}. Ask for more --epochs or another --out.")
+        log.say(already_finished(config, first_step, last_step))
         return
+    if rank == 0:
+        leave_behind(resumed, config, log)
+    best = resumed["best"]
     log.open(first_step)
     about = {"world_size": world_size, "last_step": last_step, "slurm_job": os.environ.get("SLURM_JOB_ID")}
     if memory.reason:
@@ -84,6 +89,12 @@ def train(config: settings.Config, memory) -> None:
 
     # The network, its optimizer and the way in which ranks act together.
     model = build(config).to(device)
+    computed_by = f"{kernels} kernels on {device.type}"
+    if rank == 0 and resumed["by"] not in ("", computed_by):
+        log.warn(
+            f"the first {first_step} steps were computed by {resumed['by']}, the next are by {computed_by}: dropout "
+            "draws other units there, and sums are rounded differently"
+        )
     set_determinism(config.deterministic)
     set_precision(config.precision)
     optimizer = make_optimizer(config, model, kernels)
@@ -118,17 +129,17 @@ def train(config: settings.Config, memory) -> None:
     val_loader = (
         Loader(val_split, **shared, global_batch=batch, train=False, max_bad_fraction=bad) if val_split else None
     )
-    mean = load_mean(split, device)
     this_pass = make_pass(config, model, strategy, mean, kernels, batch // world_size)
 
     checkpoints = CheckpointWriter(log.path("checkpoints"), config.checkpoint_keep, log.warn)
     losses, timer = LateLoss(device), StepTimer(device)
     progress = Progress(config, log, split, range(first_step, last_step), timer, device)
-    trace = Trace(log.path("profile.json"), first_step, min(config.profile, last_step - first_step) if rank == 0 else 0)
+    traced = min(config.profile, last_step - first_step) if rank == 0 else 0
+    trace = Trace(log.path("profile.json"), first_step, traced, log.attempt)
     flat = settings.to_flat(config)
     seconds = {"validation": 0.0, "checkpoints": 0.0}  # besides the sections of a step
     validation: dict[str, float] = {}
-    saved_step = step = first_step
+    saved_step = kept_step = step = first_step  # kept_step: after which what was due has been done
     owed = False  # a validation, because the run was asked to stop
     epoch = first_step * batch // nsamples
 
@@ -139,6 +150,8 @@ def train(config: settings.Config, memory) -> None:
     )
     if memory.reason:
         log.say(f"{memory.reason}: going on behind step {first_step} with {world_size} ranks")
+    if rank == 0 and val_split and (warning := match_size(val_split, config.image_size, (split.height, split.width))):
+        log.warn(warning)
     log.say(describe(config, split, val_split, world_size, device, first_step, last_step))
     model.train()
 
@@ -151,14 +164,14 @@ def train(config: settings.Config, memory) -> None:
         started = time.perf_counter()
         log.line.clear()
         strategy.equalise()
-        found = validate(model, val_loader, mean, device, config.precision, lambda: bool(stop.requested))
+        found = validate(model, val_loader, centre_mean, device, config.precision, lambda: bool(stop.requested))
         seconds["validation"] += time.perf_counter() - started
         if found is None:
             progress.stop = True
             return False
         validation = found
         before, best = best, max(best, validation["top1"])
-        ended = (step - 1) * batch // nsamples
+        ended = max(0, step - strategy.every) * batch // nsamples
         log.write("val", step, ended, **validation)
         log.say(
             f"epoch {ended + 1}/{config.epochs}  validation: top-1 {validation['top1']:.2%}  "
@@ -173,8 +186,11 @@ def train(config: settings.Config, memory) -> None:
             "velocity": {name: optimizer.velocity(p) for name, p in model.named_parameters()},
             "config": flat,
             "data": fingerprint(split),
+            "content": content(split),
+            "image": [split.height, split.width],
+            "by": computed_by,
             "classes": list(split.classes),
-            "mean": mean_crop(mean, config.image_size),
+            "mean": centre_mean,
             "best": best,
             "owed": owed,
             "wall_seconds": wall_before + time.time() - began,
@@ -225,13 +241,14 @@ def train(config: settings.Config, memory) -> None:
             step += 1
             timer.end()
 
-            # At the end of an epoch: validate, and keep the state.
-            epoch_ended = step * batch // nsamples > epoch or step == total_steps
+            # At the end of an epoch: validate, and keep the state. Between two averages of `parallel weights` there is
+            # no common state to keep: then at the next average.
+            now = step * batch // nsamples
             finished = step >= last_step
-            due = config.checkpoint_every and step % config.checkpoint_every == 0
-            if epoch_ended or finished or due or progress.stop:
+            due = config.checkpoint_every and step // config.checkpoint_every > kept_step // config.checkpoint_every
+            if finished or (now > epoch or due or progress.stop) and step % strategy.every == 0:
                 progress.collect()
-                validation_due = val_loader and (finished or epoch_ended and (epoch + 1) % config.eval_every == 0)
+                validation_due = val_loader and (finished or now // config.eval_every > epoch // config.eval_every)
                 best_now = validate_now() if validation_due and not progress.stop else False
                 if progress.stop:
                     log.say(f"asked to stop: writing a checkpoint of step {step:,}")
@@ -239,11 +256,11 @@ def train(config: settings.Config, memory) -> None:
                     owed = bool(validation_due and progress.stop)
                     save(best_now, owed)
                     saved_step = step
-                epoch = step * batch // nsamples
+                epoch, kept_step = now, step
                 timer.pause()
                 progress.restart_clock()
-            if finished or progress.stop:
-                break
+                if finished or progress.stop:
+                    break
     finally:
         log.close()
         trace.close()
@@ -295,6 +312,9 @@ def train(config: settings.Config, memory) -> None:
 
 def check_data(config: settings.Config, split, val_split, world_size: int) -> None:
     """Raise InputError when settings and shards do not fit together."""
+    from job.evaluate import match_size
+    from shards.split import load_labels
+
     if config.global_batch % world_size:
         below = config.global_batch // world_size * world_size
         fitting = f"{below} or {below + world_size}" if below else f"{world_size}"
@@ -312,6 +332,16 @@ def check_data(config: settings.Config, split, val_split, world_size: int) -> No
         raise InputError(f"--model.classes is {config.model.classes}, but {config.data} has {named} classes")
     if val_split and named and val_split.classes and val_split.classes != split.classes:
         raise InputError(f"the splits train and val of {config.data} do not have the same classes; pack them together")
+    classes = config.model.classes or named
+    for part in filter(None, (split, val_split)):
+        match_size(part, config.image_size)
+        if not part.classes and (largest := int(load_labels(part).max())) >= classes:
+            raise InputError(f"{part.name} of {part.root} has the label {largest}, but there are {classes} classes")
+    if config.parallel == "hybrid" and classes < world_size:
+        raise InputError(
+            f"--parallel hybrid splits the {classes} classes among {world_size} ranks: one of them would have none; "
+            f"use at most {classes} ranks, or --parallel gradients"
+        )
 
 
 def mean_crop(mean, size: int):
@@ -336,6 +366,18 @@ def versions() -> dict[str, str]:
     import torch
 
     return {"python": platform.python_version(), "torch": str(torch.__version__), "horovod": horovod.__version__}
+
+
+def already_finished(config: settings.Config, step: int, last_step: int) -> str:
+    """What is said of a run that has nothing left to do. Raises InputError when it was to start anew."""
+    if config.resume == "none":
+        raise InputError(
+            f"{config.out} holds a finished run already: --resume none does not delete it; choose another --out"
+        )
+    longer = "--max-steps" if last_step == config.max_steps else "--epochs"
+    if longer == "--epochs" and config.optim.schedule in settings.SCHEDULES_TO_THE_END:
+        return f"{config.out} is finished: {step} steps of {last_step}. Choose another --out for another run."
+    return f"{config.out} is finished: {step} steps of {last_step}. Ask for more {longer} or another --out."
 
 
 def describe(config, split, val_split, world_size, device, first_step, last_step) -> str:

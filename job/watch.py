@@ -84,7 +84,9 @@ def describe(folder: str, now: float) -> dict[str, Any]:
     part = [line for line in train if line["time"] >= start.get("time", 0)][-RECENT:]
     newest = train[-1] if train else {}
     last = start.get("last_step") or summary.get("steps") or newest.get("step", 0)
-    step = max((line["step"] for line in lines), default=0)
+    # Events of a part that was rolled back remain: only what follows the last start says where the run is.
+    since = lines[lines.index(start) :] if start else lines
+    step = max((line["step"] for line in since), default=0)
     speeds = [line["images_per_second"] for line in part[1:] or part if line.get("images_per_second")]
     pace = (part[-1]["time"] - part[0]["time"]) / (part[-1]["step"] - part[0]["step"]) if len(part) > 1 else None
 
@@ -102,7 +104,7 @@ def describe(folder: str, now: float) -> dict[str, Any]:
         "seconds_since_last_line": round(max(0.0, quiet), 1),
         "step": step,
         "last_step": last,
-        "epoch": max((line["epoch"] for line in lines), default=0),
+        "epoch": max((line["epoch"] for line in since), default=0),
         "eta_seconds": (last - step) * pace if pace and status == "running" else None,
         "loss": newest.get("loss"),
         "top1": val[-1]["top1"] if val else None,

@@ -99,7 +99,7 @@ def test_a_run_directory_of_another_configuration(demo_data, tmp_path):
     assert train(0, demo_data, tmp_path / "run").returncode == 0
     before = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.name != ".lock")
     fails(train(2, demo_data, tmp_path / "run", "--optim.lr", "0.5"), "--optim.lr 0.03, not 0.5", "another --out")
-    fails(train(0, demo_data, tmp_path / "run", "--resume", "none"), "holds a run already")
+    fails(train(0, demo_data, tmp_path / "run", "--resume", "none"), "holds a finished run already")
     assert before == sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.name != ".lock")
 
 

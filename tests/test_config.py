@@ -55,6 +55,13 @@ def test_settings_survive_being_written_and_read(tmp_path):
         (["--data", "d", "--optim.lars-trust", "0"], ["--optim.lars-trust is 0", "above 0"]),
         (["--data", "d", "--image-size", "66"], ["--image-size is 66", "67 or more"]),
         (["--data", "d", "--data.mirror", "maybe"], ["data.mirror is 'maybe'", "true or false"]),
+        (["--data", "d", "--parallel", "weights", "--wire", "fp16"], ["--wire fp16", "no effect", "gradients"]),
+        (["--data", "d", "--parallel", "hybrid", "--wire", "fp16"], ["--wire fp16", "--parallel hybrid"]),
+        (["--data", "d", "--average-every", "4"], ["--average-every 4", "--parallel gradients", "only with weights"]),
+        (["--data", "d", "--optim.lars-trust", "0.01"], ["--optim.lars-trust 0.01", "--optim.kind sgd", "lars"]),
+        (["--data", "d", "--optim.poly-power", "3"], ["--optim.poly-power 3.0", "--optim.schedule step", "poly"]),
+        (["--data", "d", "--recipe", "demo", "--optim.step-epochs", "3"], ["--optim.step-epochs 3", "cosine"]),
+        (["--data", "d", "--recipe", "demo", "--optim.step-factor", "0.5"], ["--optim.step-factor 0.5", "cosine"]),
         ([], ["--data is missing"]),
     ],
 )
@@ -63,6 +70,17 @@ def test_mistakes_are_told_in_one_line(arguments, words):
         parse(*arguments)
     assert all(word in str(error.value) for word in words), str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_setting_without_effect_is_refused_only_if_the_user_gave_it(tmp_path):
+    assert parse("--data", "d", "--wire", "fp32", "--parallel", "weights").wire == "fp32"  # the default
+    assert parse("--data", "d", "--wire", "fp16").wire == "fp16"
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("optim.kind: lars\noptim.lars-trust: 0.01\n")
+    assert parse("--data", "d", "--recipe", str(recipe), "--optim.kind", "sgd").optim.kind == "sgd"
+    recipe.write_text("optim.lars-trust: 0.01\n")
+    with pytest.raises(InputError, match="--optim.lars-trust 0.01 has no effect with --optim.kind sgd"):
+        parse("--data", "d", "--recipe", str(recipe))
 
 
 def test_an_unknown_key_of_a_recipe_is_named_with_its_file(tmp_path):

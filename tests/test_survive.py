@@ -105,7 +105,9 @@ def final_weights(out):
 @pytest.mark.parametrize("gloo", [False, True], ids=["mpi", "gloo"])
 @pytest.mark.parametrize("how", ["ctrl-c", "usr1-one-rank"])
 def test_a_request_to_stop_ends_with_a_checkpoint_and_exit_code_75(demo_data, tmp_path, gloo, how):
-    with Job(demo_data, tmp_path / "run", *LONG, gloo=gloo) as job:
+    every = 5 if gloo else 1  # a stop waits for the next average of the ranks
+    averages = ["--parallel", "weights", "--average-every", "5"] if gloo else []
+    with Job(demo_data, tmp_path / "run", *LONG, *averages, gloo=gloo) as job:
         job.until(lambda: job.steps() > 3, "training")
         asked = time.monotonic()
         if how == "ctrl-c":  # a terminal sends it to all of its foreground group
@@ -117,6 +119,7 @@ def test_a_request_to_stop_ends_with_a_checkpoint_and_exit_code_75(demo_data, tm
     assert "Traceback" not in job.text and not [line for line in job.text.splitlines() if line.startswith("error")]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "stopped" and summary["steps"] == newest_step(tmp_path / "run") > 3
+    assert summary["steps"] % every == 0
     assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
 
 
@@ -353,7 +356,9 @@ def test_two_jobs_do_not_share_a_run_directory_and_a_crash_leaves_no_lock(demo_d
             process.kill()
         assert job.ended(60) != 0
     step = newest_step(out)
-    third = python("job.train", *SMALL, "--data", str(demo_data), "--out", str(out), "--max-steps", str(step + 2))
+    third = python(
+        "job.train", *SMALL, "--data", str(demo_data), "--out", str(out), *LONG, "--max-steps", f"{step + 2}"
+    )
     assert third.returncode == 0 and f"from step {step + 1} to" in third.stdout, third.stdout + third.stderr
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from job.checkpoint import digest
 from shards.split import image_member, load_split, read_idx
 from tests.launch import error_lines, horovodrun, metrics, python
 from tests.shardmaker import damage
@@ -127,10 +128,13 @@ def test_a_run_directory_holds_what_the_contract_names(demo_data, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["gradients", "weights"])
 def test_a_resumed_run_has_the_same_bits_as_an_undisturbed_one(demo_data, tmp_path, strategy):
-    options = ["--global-batch", "64", "--eval-every", "0", "--parallel", strategy, "--model.dropout", "0.5"]
-    train(2, demo_data, tmp_path / "whole", *options, "--max-steps", "30", "--checkpoint-every", "15")
-    train(2, demo_data, tmp_path / "parts", *options, "--max-steps", "15", "--checkpoint-every", "15")
-    train(2, demo_data, tmp_path / "parts", *options, "--max-steps", "30", "--checkpoint-every", "15")
+    """Also with averages every few steps, which checkpoints and validations must not add to."""
+    options = ["--global-batch", "64", "--parallel", strategy, "--model.dropout", "0.5"]
+    options += ["--average-every", "4"] if strategy == "weights" else []
+    train(2, demo_data, tmp_path / "whole", *options, "--max-steps", "30", "--eval-every", "0")
+    parts = [*options, "--checkpoint-every", "5", "--eval-every", "1"]
+    train(2, demo_data, tmp_path / "parts", *parts, "--max-steps", "16")
+    train(2, demo_data, tmp_path / "parts", *parts, "--max-steps", "30")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     for part in ("model", "velocity"):
@@ -146,8 +150,13 @@ def test_resume_passes_over_a_damaged_checkpoint_and_says_so(demo_data, tmp_path
     damaged = bytearray(newest.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     newest.write_bytes(damaged)
+    before = out / "checkpoints" / "step-00000005.pt"
+    torch.save({**torch.load(before, weights_only=True), "by": "fast kernels on cuda"}, before)
+    before.with_suffix(".pt.sha256").write_text(digest(str(before)))
     done = train(1, demo_data, out, *options, "--max-steps", "10")
     assert "passed over the checkpoint" in done.stderr and "step-00000010.pt" in done.stderr
+    assert "moved step-00000010.pt to" in done.stderr
+    assert "computed by fast kernels on cuda, the next are by plain kernels on cpu" in done.stderr
     assert losses(out) == expected
 
 
