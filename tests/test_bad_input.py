@@ -87,6 +87,7 @@ def test_wrong_options(demo_data, tmp_path, options, words):
     fails(train(2, demo_data, tmp_path / "run", *options), *words)
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_cannot_be_read(demo_data, tmp_path):
     (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
     fails(train(2, demo_data, tmp_path / "run", "--resume", str(tmp_path / "broken.pt")), "broken.pt", "checkpoint")
@@ -95,6 +96,7 @@ def test_a_checkpoint_that_cannot_be_read(demo_data, tmp_path):
     fails(python("job.evaluate", str(tmp_path), "--data", str(demo_data)), "no checkpoint in")
 
 
+@pytest.mark.long
 def test_a_run_directory_of_another_configuration(demo_data, tmp_path):
     assert train(0, demo_data, tmp_path / "run").returncode == 0
     before = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.name != ".lock")

@@ -48,6 +48,7 @@ def printed(done):
     return json.loads(done.stdout[done.stdout.index("{") :])
 
 
+@pytest.mark.long
 def test_a_step_is_measured_on_one_rank_and_on_two():
     result = printed(python("job.bench", "compute", *STEP))
     assert result["images_per_second"] > 0 and len(result["rounds"]) == 3 and result["ranks"] == 1

@@ -3,9 +3,12 @@
 import json
 import re
 
+import pytest
+
 from tests.launch import ROOT, run
 
 
+@pytest.mark.long
 def test_the_demo_reaches_its_accuracy_and_says_where_the_time_went():
     done = run("bash", "job/demo.sh", timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr

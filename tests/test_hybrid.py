@@ -41,6 +41,7 @@ def test_parts_are_even_and_whole():
             assert max(lengths) - min(lengths) <= 1 and lengths == sorted(lengths, reverse=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("ranks", "gloo"), [(2, False), (4, False), (2, True)])
 def test_losses_and_weights_are_those_of_gradients(demo_data, tmp_path, ranks, gloo):
     """450 units and 10 classes do not divide by four: parts are uneven."""
@@ -50,6 +51,7 @@ def test_losses_and_weights_are_those_of_gradients(demo_data, tmp_path, ranks, g
     same_network(state(tmp_path / "gradients"), state(tmp_path / "hybrid"))
 
 
+@pytest.mark.long
 def test_dropout_is_the_same_on_any_number_of_ranks_and_a_run_goes_on_with_others(demo_data, tmp_path):
     options = ["--parallel", "hybrid", "--model.dropout", "0.5"]
     train(0, demo_data, tmp_path / "one", *options)

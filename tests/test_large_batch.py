@@ -33,6 +33,7 @@ def trained(demo_data, tmp_path_factory):
     return out
 
 
+@pytest.mark.long
 def test_it_learns_and_every_rank_validates_with_the_statistics_that_are_saved(demo_data, trained):
     assert metrics(trained, "train")[-1]["loss"] < 1.5 < 2.2 < metrics(trained, "train")[0]["loss"]
     done = horovodrun(2, "job.evaluate", str(trained), "--data", str(demo_data), "--json")
@@ -45,6 +46,7 @@ def test_it_learns_and_every_rank_validates_with_the_statistics_that_are_saved(d
     assert not torch.equal(model["norm6.running_mean"], torch.zeros_like(model["norm6.running_mean"]))
 
 
+@pytest.mark.long
 def test_a_resumed_run_has_the_same_bits(demo_data, trained, tmp_path):
     for steps in ("20", "40"):
         train(2, demo_data, tmp_path / "run", "--checkpoint-every", "20", "--max-steps", steps)
@@ -53,6 +55,7 @@ def test_a_resumed_run_has_the_same_bits(demo_data, trained, tmp_path):
         assert all(torch.equal(tensor, parts[part][name]) for name, tensor in whole[part].items())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [(), ("--parallel", "weights", "--optim.kind", "sgd", "--optim.lr", "0.01")])
 def test_saved_statistics_are_the_average_of_what_the_ranks_saw(demo_data, tmp_path, options):
     # After one step the running mean is a tenth of the mean over a rank's half: the average is that of all images.

@@ -322,6 +322,7 @@ def test_workers_leave_signals_to_their_rank(split):
         assert children() == [worker]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_rank_leaves_no_process_and_no_memory(split, end):
     rank = subprocess.Popen(

@@ -35,6 +35,7 @@ def commands() -> list[str]:
     return [" ".join(shlex.split(line, comments=True)) for line in lines if line.strip() and not line.startswith("#")]
 
 
+@pytest.mark.long
 def test_every_command_of_the_readme_runs(demo_data, tmp_path):
     imagenet = tmp_path / "ILSVRC2012"
     write_archives(str(imagenet))

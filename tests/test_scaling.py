@@ -347,6 +347,7 @@ def test_a_study_that_is_told_to_end_leaves_no_run_behind_and_carries_on(tmp_pat
     assert not list(points.iterdir())
 
 
+@pytest.mark.long
 def test_a_study_on_this_machine(tmp_path):
     """Real runs under horovodrun, one and two ranks: every section of every rank is there, and adds up."""
     command = ["run", "--np", "1,2", "--mode", "weak", "--data", "synthetic", "--repeats", "1", "--steps", "6"]

@@ -102,6 +102,7 @@ def final_weights(out):
     return torch.load(out / "checkpoints" / f"step-{newest_step(out):08d}.pt", weights_only=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("gloo", [False, True], ids=["mpi", "gloo"])
 @pytest.mark.parametrize("how", ["ctrl-c", "usr1-one-rank"])
 def test_a_request_to_stop_ends_with_a_checkpoint_and_exit_code_75(demo_data, tmp_path, gloo, how):
@@ -123,6 +124,7 @@ def test_a_request_to_stop_ends_with_a_checkpoint_and_exit_code_75(demo_data, tm
     assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
 
 
+@pytest.mark.long
 def test_a_stop_at_the_end_of_an_epoch_loses_no_validation(demo_data, tmp_path):
     out, options = tmp_path / "run", ["--global-batch", "3000", "--epochs", "3", "--eval-every", "1"]  # a step an epoch
     command = [sys.executable, "-m", "job.train", *SMALL, "--data", str(demo_data), "--out", str(out), *options]
@@ -137,6 +139,7 @@ def test_a_stop_at_the_end_of_an_epoch_loses_no_validation(demo_data, tmp_path):
     assert [(line["step"], line["epoch"]) for line in metrics(out, "val")] == [(1, 0), (2, 1), (3, 2)]
 
 
+@pytest.mark.long
 def test_a_stop_ends_a_running_validation_which_is_made_up_for(demo_data, tmp_path):
     out, options = tmp_path / "run", ["--global-batch", "3000", "--epochs", "2", "--eval-every", "1"]  # a step an epoch
     arguments = [*SMALL, "--data", str(demo_data), "--out", str(out), *options]
@@ -174,6 +177,7 @@ def test_a_second_request_ends_at_once_even_when_the_first_cannot_be_met(demo_da
         assert job.ended(15) not in (0, 75)
 
 
+@pytest.mark.long
 def test_kills_at_random_moments_change_no_bit_of_the_result(demo_data, tmp_path):
     """Twenty times a rank gets SIGKILL: while starting, while training, while a checkpoint is written."""
     options = ["--max-steps", "160", "--global-batch", "16", "--checkpoint-every", "1", "--model.dropout", "0.5"]
@@ -213,6 +217,7 @@ def test_kills_at_random_moments_change_no_bit_of_the_result(demo_data, tmp_path
     assert not list((out / "checkpoints").glob("*.tmp"))
 
 
+@pytest.mark.long
 def test_a_rank_that_hangs_ends_the_job_and_is_named(demo_data, tmp_path):
     """Stopped: rank 1 under MPI, rank 0 under Gloo; and a reader process of rank 1, its rank being well."""
     cases = {"mpi": (False, 1, "0"), "gloo": (True, 0, "0"), "reader": (False, 1, "1")}
@@ -240,6 +245,7 @@ def test_a_rank_that_hangs_ends_the_job_and_is_named(demo_data, tmp_path):
             assert metrics(tmp_path / name, "event")[-1]["event"] == "hang"
 
 
+@pytest.mark.long
 def test_a_rank_that_hangs_is_named_and_noted_too_when_gloo_gives_up_before_the_heartbeat(demo_data, tmp_path):
     """Slurm's script starts a job again that has noted a hang."""
     soon = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "5", "HOROVOD_STOP_SECONDS": "5"}  # 30, 40
@@ -252,6 +258,7 @@ def test_a_rank_that_hangs_is_named_and_noted_too_when_gloo_gives_up_before_the_
     assert metrics(tmp_path / "run", "event")[-1]["event"] == "hang"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("gloo", [False, True], ids=["mpi", "gloo"])
 def test_ranks_do_not_outlive_a_launcher_that_was_killed(demo_data, tmp_path, gloo):
     with Job(demo_data, tmp_path / "run", *LONG, gloo=gloo) as job:
@@ -344,6 +351,7 @@ def test_a_folder_that_becomes_read_only_does_not_end_training(demo_data, tmp_pa
     torch.load(next((out / "checkpoints").glob("step-*.pt")), weights_only=True)
 
 
+@pytest.mark.long
 def test_two_jobs_do_not_share_a_run_directory_and_a_crash_leaves_no_lock(demo_data, tmp_path):
     out = tmp_path / "run"
     with Job(demo_data, out, *LONG, "--checkpoint-every", "5") as job:
@@ -362,6 +370,7 @@ def test_two_jobs_do_not_share_a_run_directory_and_a_crash_leaves_no_lock(demo_d
     assert third.returncode == 0 and f"from step {step + 1} to" in third.stdout, third.stdout + third.stderr
 
 
+@pytest.mark.long
 def test_a_slow_rank_is_named(demo_data, tmp_path):
     with Job(demo_data, tmp_path / "run", *LONG, "--log-every", "40") as job:
         job.until(lambda: job.steps() > 1, "training")

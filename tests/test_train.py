@@ -44,6 +44,7 @@ def one_rank(demo_data, tmp_path_factory):
     return out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("ranks", "gloo"), [(2, False), (4, False), (2, True), (4, True)])
 def test_any_number_of_ranks_gives_the_same_losses(demo_data, tmp_path, one_rank, ranks, gloo):
     train(ranks, demo_data, tmp_path / "run", *FIFTY_STEPS, gloo=gloo)
@@ -51,6 +52,7 @@ def test_any_number_of_ranks_gives_the_same_losses(demo_data, tmp_path, one_rank
     assert losses(tmp_path / "run") == pytest.approx(losses(one_rank), rel=2e-5)
 
 
+@pytest.mark.long
 def test_averaged_weights_equal_averaged_gradients(demo_data, tmp_path):
     for strategy in ("gradients", "weights"):
         train(2, demo_data, tmp_path / strategy, *FIFTY_STEPS, "--parallel", strategy)
@@ -85,6 +87,7 @@ def test_half_precision_on_the_wire_gives_nearly_the_same_losses(demo_data, tmp_
     assert losses(tmp_path / "half") != pytest.approx(losses(one_rank), rel=1e-7)
 
 
+@pytest.mark.long
 def test_eight_ranks_train_and_validate(demo_data, tmp_path):
     done = train(8, demo_data, tmp_path / "run", "--max-steps", "6", "--global-batch", "64", timeout=300)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -93,6 +96,7 @@ def test_eight_ranks_train_and_validate(demo_data, tmp_path):
     assert "run directory" in done.stdout
 
 
+@pytest.mark.long
 def test_a_run_directory_holds_what_the_contract_names(demo_data, tmp_path):
     out = tmp_path / "run"
     train(2, demo_data, out, "--epochs", "1", "--checkpoint-every", "40", "--checkpoint-keep", "2")
@@ -126,6 +130,7 @@ def test_a_run_directory_holds_what_the_contract_names(demo_data, tmp_path):
     assert "is finished" in again.stdout and (out / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["gradients", "weights"])
 def test_a_resumed_run_has_the_same_bits_as_an_undisturbed_one(demo_data, tmp_path, strategy):
     """Also with averages every few steps, which checkpoints and validations must not add to."""
@@ -141,6 +146,7 @@ def test_a_resumed_run_has_the_same_bits_as_an_undisturbed_one(demo_data, tmp_pa
         assert all(torch.equal(whole[part][name], parts[part][name]) for name in whole[part])
 
 
+@pytest.mark.long
 def test_resume_passes_over_a_damaged_checkpoint_and_says_so(demo_data, tmp_path):
     out = tmp_path / "run"
     options = ["--eval-every", "0", "--checkpoint-every", "5"]
