@@ -71,22 +71,23 @@ def agree(settings: dict[str, Any], open_data: Callable[[], tuple[Any, dict[str,
     return Agreed(torch.device("cpu"), kernels, found)
 
 
-def split_facts(*splits: Split | None) -> dict[str, str]:
-    """What must be equal of the splits that a rank has opened, for `open_data`."""
+def split_facts(*splits: Split | None, mean: bool = True) -> dict[str, str]:
+    """What must be equal of the splits that a rank has opened, for `open_data`; `mean`: the mean image counts too."""
     return {
-        f"split {split.name}": f"{split.nsamples:,} samples in {len(split.shards)} shards, contents {_digest(split)}"
+        f"split {split.name}": f"{split.nsamples:,} samples in {len(split.shards)} shards, "
+        f"contents {_digest(split, mean)}"
         for split in splits
         if split is not None
     }
 
 
-def _digest(split: Split) -> str:
-    """A short hash of all that the index says (sha256 of the shards, if it has them) and of the mean image, wherever
-    they lie: each node may have a copy of its own."""
+def _digest(split: Split, mean: bool) -> str:
+    """A short hash of all that the index says (sha256 of the shards, if it has them) and, with `mean`, of the mean
+    image, wherever they lie: each node may have a copy of its own."""
     shards = [dataclasses.replace(shard, url=os.path.basename(shard.url), idx="") for shard in split.shards]
     digest = hashlib.sha256(repr(dataclasses.replace(split, root="", shards=tuple(shards))).encode())
-    mean = load_mean(split)
-    digest.update(b"" if mean is None else mean.numpy().tobytes())
+    image = load_mean(split) if mean else None
+    digest.update(b"" if image is None else image.numpy().tobytes())
     return digest.hexdigest()[:12]
 
 

@@ -163,7 +163,7 @@ def evaluate(options: argparse.Namespace) -> None:
         settings = config.from_flat(state["config"], path)
         relabel = match_classes(split, state["classes"], settings.model.classes, path)
         problem = match_size(split, settings.image_size, state.get("image", (0, 0)))
-        facts = {**split_facts(split), "checkpoint": f"step {state['step']}"}
+        facts = {**split_facts(split, mean=False), "checkpoint": f"step {state['step']}"}
         return (split, path, state, settings, relabel, problem), facts
 
     agreed = agree(vars(options), open_data)

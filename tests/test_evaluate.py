@@ -42,6 +42,7 @@ def one_rank(monkeypatch):
     for name, value in {"rank": 0, "size": 1, "local_rank": 0, "local_size": 1}.items():
         monkeypatch.setattr(hvd, name, lambda value=value: value)
     monkeypatch.setattr(hvd, "allreduce", lambda tensor, **_: tensor)
+    monkeypatch.setattr(hvd, "allgather_object", lambda value, **_: [value])
 
 
 def run(network, data, capfd, *options):
