@@ -1,5 +1,6 @@
 """Which cores a process may use, and how many readers a rank gets: as affinity, Slurm and cgroups give them."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -205,7 +206,7 @@ import multiprocessing, os, sys, time
 from shards import workers
 
 def pid(task):
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())  # one write: lines of two processes do not mix
     time.sleep(task)
     return os.getpid()
 
@@ -223,11 +224,15 @@ def tasks(tmp_path):
     program.write_text(TASKS)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
+    @contextlib.contextmanager
     def start(method, seconds):
         command = [sys.executable, str(program), method, str(seconds)]
-        return subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, env=environment, **pipes, text=True, cwd=tmp_path) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     return start
 
