@@ -204,7 +204,7 @@ class Progress:
         slow: set[int] = set()
         if self._recent.steps >= SLOW_STEPS:
             both = enumerate(zip(busy, medians, strict=True))
-            slow = {rank for rank, (own, others) in both if others >= SLOW_SECONDS and own > SLOW * others}
+            slow = {rank for rank, (own, others) in both if own >= SLOW_SECONDS and own > SLOW * others}
         for rank in sorted(slow - self._slow):
             compute, wait = ranks[rank][:2]
             share = busy[rank] / medians[rank] - 1

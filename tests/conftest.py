@@ -1,7 +1,9 @@
 """What all tests share: markers that a machine may lack the hardware for, and the demo data packed once."""
 
+import contextlib
 import os
 import shutil
+import signal
 
 import pytest
 
@@ -9,6 +11,20 @@ from tests.launch import python
 
 # Several ranks share few cores here: one thread each, in this process and in those that the tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell lets what it starts in the background ignore Ctrl-C, and so would the programs that the tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_sessionstart():
+    """Where there is no GPU, Triton's own functions are to be interpreted too, and they are made at its import."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+        with contextlib.suppress(ImportError):
+            import triton.language  # noqa: F401
+        del os.environ["TRITON_INTERPRET"]
 
 
 def _lacks(marker: str) -> str:
