@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from job.loader import Batch
+from shards.caches import triton_lacks
 from shards.cli import InputError
 from shards.split import Split, parse_npy, read_file
 
@@ -109,12 +110,12 @@ def prepare_triton(images, offsets, mirror, mean, dtype=torch.float32, channels_
 
 @functools.cache
 def _kernel():
-    """The Triton kernel, or None where Triton is not installed (it comes with torch for CUDA on Linux)."""
+    """The Triton kernel, or None where Triton is not installed or lacks a compiler or a folder for what it compiles."""
     try:
         from job.augment_kernel import prepare_kernel
     except ImportError:
         return None
-    return prepare_kernel
+    return None if triton_lacks() else prepare_kernel
 
 
 def to_device(

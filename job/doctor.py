@@ -40,6 +40,8 @@ _INSTALL = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__
 SETUP = "bash slurm/install.sh" if os.path.exists(_INSTALL) else "in a clone of the project: bash slurm/install.sh"
 REBUILD = f"{SETUP} --rebuild"
 
+_LIBRARIES = f'libraries = sorted(set(re.findall({mpi.LIBRARY!r}, open("/proc/self/maps").read())))'
+
 # What a library says of itself. Each prints one JSON object as its last line.
 PROBES = {
     "torch": """
@@ -59,7 +61,9 @@ with warnings.catch_warnings(record=True) as caught:
 import ctypes, json, re
 import horovod, horovod.torch as hvd
 built = {name: bool(getattr(hvd, name + "_built")()) for name in ("mpi", "gloo", "nccl")}
-libraries = sorted(set(re.findall(r"(/\\S*/libmpi(?!cxx|fort)\\w*\\.so\\S*)", open("/proc/self/maps").read())))
+"""
+    + _LIBRARIES
+    + """
 text = ctypes.create_string_buffer(8192)
 if libraries:
     ctypes.CDLL(libraries[0]).MPI_Get_library_version(text, ctypes.byref(ctypes.c_int()))
@@ -70,7 +74,9 @@ import json, re
 import mpi4py
 mpi4py.rc.initialize = False
 from mpi4py import MPI
-libraries = sorted(set(re.findall(r"(/\\S*/libmpi(?!cxx|fort)\\w*\\.so\\S*)", open("/proc/self/maps").read())))
+"""
+    + _LIBRARIES
+    + """
 print(json.dumps({"version": mpi4py.__version__, "libraries": libraries, "mpi_version": MPI.Get_library_version()}))
 """,
     "webdataset": """
@@ -195,7 +201,7 @@ def check_mpi(horovod: dict, mpi4py: dict) -> list[Finding]:
         return findings
     text = f"{mpi4py['version']}, {mpi.describe(mpi4py['mpi_version'])}"
     ours, theirs = ({os.path.realpath(path) for path in side.get("libraries", ())} for side in (mpi4py, horovod))
-    if ours and theirs and ours != theirs:
+    if ours and theirs and not ours & theirs:
         advice = "pip install --force-reinstall --no-binary mpi4py mpi4py, with that MPI's mpicc on PATH"
         findings.append(Finding("wrong", "mpi4py", f"uses {min(ours)}, Horovod uses {min(theirs)}", advice))
     else:

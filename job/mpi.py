@@ -17,6 +17,9 @@ _FAMILIES = {
     "MPICH": "HYDRA|MPICH",
 }
 
+# An MPI's own library among the files that a process has mapped; not those for C++, Fortran and Java.
+LIBRARY = r"/\S*/libmpi(?!\w*(?:cxx|fort|mpifh|usempi|java))\w*\.so\S*"
+
 
 def family(text: str) -> str:
     """Name of the MPI, or an empty string."""

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from job import augment
 from job.augment import load_mean, prepare, prepare_plain, prepare_triton, to_device
 from job.loader import Loader
 from shards.cli import InputError
@@ -72,6 +73,15 @@ def kernel_agrees(device, bf16_tolerance=0.0):
 
 
 @gpu
+def test_without_a_compiler_the_device_pass_is_plain(monkeypatch):
+    monkeypatch.setattr(augment, "triton_lacks", lambda: "Triton needs a C compiler")
+    augment._kernel.cache_clear()
+    try:
+        assert augment._kernel() is None
+    finally:
+        augment._kernel.cache_clear()
+
+
 @pytest.mark.gpu
 def test_kernel_agrees_with_plain_way():
     kernel_agrees("cuda")

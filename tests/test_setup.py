@@ -790,6 +790,15 @@ def test_doctor_finds_mixed_mpis(bare_path):
     assert statuses(doctor.check_mpi(HOROVOD | {"mpi": False}, MPI4PY))["mpirun"] == "ok"
 
 
+def test_the_library_of_an_mpi_is_told_from_those_for_other_languages():
+    folder = "/usr/lib/x86_64-linux-gnu/"
+    libraries = ["libmpi.so.40.30.6", "libmpich.so.12.1.13", "libmpi_cray.so.12", "libmpi_gnu_123.so.12"]
+    others = ["libmpi_cxx.so.40", "libmpicxx.so.12", "libmpichfort.so.12", "libmpi_mpifh.so.40", "libmpi_java.so.40"]
+    assert re.findall(mpi.LIBRARY, "\n".join(folder + name for name in libraries + others)) == [
+        folder + name for name in libraries
+    ]
+
+
 def test_doctor_finds_a_horovod_that_does_not_fit(bare_path):
     script(bare_path / "horovodrun", "")
     broken = doctor.check_horovod({"error": "undefined symbol: _ZN3c10"}, TORCH)
