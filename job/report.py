@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -345,13 +346,15 @@ def slow_ranks(study: Study) -> list[str]:
         work = {
             r["rank"]: sum(r["mean"][n] for n in (WAIT, TO_DEVICE, COMPUTE, UPDATE)) for r in point.timings["ranks"]
         }
-        if len(work) < 3:
+        if len(work) < 2:
             continue
-        median = sorted(work.values())[len(work) // 2]
+        # Each is compared with the others alone: of two ranks, the slower one would move the median of both.
+        medians = {rank: statistics.median(work[r] for r in work if r != rank) for rank in work}
         hosts = {r["rank"]: r["host"] for r in point.timings["ranks"]}
-        slow = [rank for rank, seconds in work.items() if seconds > (1 + SLOW_RANK) * median]
+        slow = [rank for rank, seconds in work.items() if seconds > (1 + SLOW_RANK) * medians[rank]]
         found += [
-            f"{point.name}: rank {rank} on {hosts[rank]} works {work[rank] / median - 1:.0%} longer than the median"
+            f"{point.name}: rank {rank} on {hosts[rank]} works {work[rank] / medians[rank] - 1:.0%} longer than the "
+            f"median of the others"
             for rank in sorted(slow, key=lambda r: -work[r])[:3]
         ]
     return found

@@ -219,6 +219,15 @@ def test_predict_prints_sizes_with_intervals_and_assumptions(cluster, capsys, mo
     assert any("full-bisection" in line for line in made["assumptions"])
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_a_rank_a_fifth_slower_is_named_however_few_the_others_are(tmp_path, ranks):
+    path = scaling_data.write_study(tmp_path / "study", sizes=(1, ranks), modes=("weak",), repeats=1, slow=1)
+    done = report(path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((path / "report" / "report.json").read_text())["slow_ranks"]
+    assert len(found) == 1 and re.search(r"rank 1 on node0 works 1\d% longer than the median of the others", found[0])
+
+
 # ---- Running a study.
 
 
