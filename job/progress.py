@@ -124,8 +124,8 @@ class Progress:
         if count and not math.isfinite(loss):
             self.log.write("event", step + 1, epoch, event="diverged")
             raise Failed(
-                f"the loss is {loss / count} at step {step + 1} (epoch {epoch}); the checkpoints of {self.config.out} "
-                f"are as they were: train anew with a lower --optim.lr or a longer --optim.warmup-epochs in another --out"
+                f"the loss is {loss / count} at step {step + 1} (epoch {epoch}); {self.config.out} keeps its "
+                f"checkpoints; train anew with a lower --optim.lr or a longer --optim.warmup-epochs in another --out"
             )
         self._count_bad(epoch, round(bad * len(self._hosts)))
         for sums in (self.steady, self.whole, self._recent, self._shown):

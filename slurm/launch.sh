@@ -83,7 +83,9 @@ use() {
         mpirun)
             # Slots: ranks follow the GPUs, whatever the number of Slurm's tasks.
             export SLURM_TASKS_PER_NODE="$per_node(x$nodes)"
-            if mpirun --version 2>/dev/null | grep -qE 'Open ?(MPI|RTE)'; then
+            local program=mpirun version
+            version=$(mpirun --version 2>/dev/null)
+            if grep -qE 'Open ?(MPI|RTE)' <<<"$version"; then
                 # Cores bound apart, where the cores that we see are ours alone; else the ranks of two jobs could be
                 # bound to the same ones.
                 seen=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
@@ -94,8 +96,10 @@ use() {
                 fi
             else
                 bind=(-ppn "$per_node") # MPICH, Intel MPI
+                # Intel's mpirun is a script around this one, and does not pass signals on.
+                [[ $version != *Intel* ]] || program=mpiexec.hydra
             fi
-            launch=("${shield[@]}" mpirun -np "$ranks" "${bind[@]}" "${MPIRUN_OPTIONS[@]}")
+            launch=("${shield[@]}" "$program" -np "$ranks" "${bind[@]}" "${MPIRUN_OPTIONS[@]}")
             ;;
         srun)
             # Ranks of a failed job have 20 seconds to end with their own exit codes.

@@ -82,6 +82,19 @@ def test_one_line_tells_what_was_made_of_the_allocation(launch):
     assert "warning: a rank uses one GPU; for all 4 of a node, set RANKS_PER_NODE=4" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("version", "command"),
+    [
+        ("mpirun (Open MPI) 4.1.4", "mpirun -np 2 --map-by ppr:1:node --bind-to none"),
+        ("HYDRA build details:", "mpirun -np 2 -ppn 1"),
+        ("Intel(R) MPI Library for Linux* OS, Version 2021.18", "mpiexec.hydra -np 2 -ppn 1"),  # mpirun: a script
+    ],
+)
+def test_each_mpi_gets_its_own_program_and_options(launch, version, command):
+    done = launch('use mpirun; echo "${launch[@]}"', {"mpirun": f"echo '{version}'", "nproc": "echo 1"}, **TWO)
+    assert done.stdout.strip().endswith(command), done.stdout + done.stderr
+
+
 def test_horovodrun_is_tried_with_what_training_does(launch):
     """A login shell such as csh lets `ssh HOST true` pass and fails at what horovodrun sends."""
     done = launch(
