@@ -320,6 +320,7 @@ def test_a_folder_holds_one_study(tmp_path, monkeypatch):
         study.run(path, other, lambda line: None)
 
 
+@pytest.mark.long
 def test_a_study_that_is_told_to_end_leaves_no_run_behind_and_carries_on(tmp_path):
     command = ["run", "--np", "1", "--mode", "strong", "--data", "synthetic", "--repeats", "1", "--global-batch", "4"]
     command += ["--recipe", "demo", "--model.width", "0.1", "--study", str(tmp_path / "study"), "--no-bench"]
@@ -357,6 +358,7 @@ def test_a_study_on_this_machine(tmp_path):
     assert found.gradients[0].name.startswith("fc8") and found.gradients[-1].ready == 1.0
 
 
+@pytest.mark.long
 @pytest.mark.slurm
 def test_a_study_on_a_slurm_cluster_with_slow_links(tmp_path):
     """scaling.sh submits and returns; called again it takes in what has ended, and submits nothing twice."""

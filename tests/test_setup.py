@@ -461,6 +461,7 @@ def test_sbatch_runs_a_copy_and_the_repository_is_found(bare_path, tmp_path):
 # ---------------------------------------------------------------- again, and twice at once
 
 
+@pytest.mark.long
 def test_twice_at_once_in_a_finished_environment_keeps_everything():
     command = ["bash", str(ROOT / "slurm/install.sh"), "--extras", "test"]
     env = os.environ | {"VIRTUAL_ENV": sys.prefix}
@@ -496,6 +497,7 @@ def test_the_lock_ends_with_the_process(tmp_path):
         process.wait()
 
 
+@pytest.mark.long
 @pytest.mark.slurm
 def test_sbatch_sets_up_on_a_compute_node(tmp_path):
     with Cluster(1) as cluster:
