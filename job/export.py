@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 
-from shards.cli import InputError, Parser, run
+from shards.errors import InputError, Parser, run
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -59,7 +59,7 @@ def export_onnx(state: dict, model, path: str) -> None:
 
 
 def export_safetensors(state: dict, model, path: str) -> None:
-    """Write weights under their names in job.model, `mean` (3, S, S), and settings and class names as metadata."""
+    """Write weights under their names in the model, `mean` (3, S, S), and settings and class names as metadata."""
     try:
         from safetensors.torch import save_file
     except ImportError as error:
@@ -73,7 +73,7 @@ def main() -> None:
     folder = os.path.dirname(os.path.abspath(options.out))
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise InputError(f"cannot write {options.out}: {folder} is no folder that can be written")
-    from job import checkpoint
+    from job.run import checkpoint
 
     path = checkpoint.find(options.checkpoint)
     state = checkpoint.load(path)

@@ -11,7 +11,7 @@ import platform
 import time
 
 from job import config as settings
-from shards.cli import InputError, run
+from shards.errors import InputError, run
 
 DESCRIPTION = "Train AlexNet with ring allreduce over MPI, NCCL or Gloo, reading WebDataset shards."
 
@@ -24,24 +24,24 @@ def train(config: settings.Config, memory) -> None:
     import horovod.torch as hvd
     import torch
 
-    from job import heartbeat
-    from job import synthetic as synthetic_data
-    from job.agree import agree, split_facts
-    from job.augment import load_mean, to_device
-    from job.checkpoint import CheckpointWriter
+    from job.batches import synthetic as synthetic_data
+    from job.batches.device import load_mean, to_device
+    from job.batches.loader import Loader
     from job.evaluate import match_size, validate
-    from job.loader import Loader
-    from job.model import build
-    from job.optim import learning_rate
-    from job.parallel import make_strategy
-    from job.passes import make_optimizer, make_pass, set_determinism, set_precision
-    from job.progress import Progress
-    from job.ranks import Failed, Stopped, stop_signals
-    from job.resume import content, find_resume, fingerprint, leave_behind, restore
-    from job.runlog import RunLog
-    from job.runprofile import run_profile
-    from job.timing import COMPUTE, EXPOSED, UPDATE, LateLoss, StepTimer, Trace
-    from shards.split import load_split
+    from job.network.alexnet import build
+    from job.network.sgd import learning_rate
+    from job.ranks import heartbeat
+    from job.ranks.agree import agree, split_facts
+    from job.ranks.average import make_strategy
+    from job.ranks.process import Failed, Stopped, stop_signals
+    from job.run.checkpoint import CheckpointWriter
+    from job.run.log import RunLog
+    from job.run.progress import Progress
+    from job.run.resume import content, find_resume, fingerprint, leave_behind, restore
+    from job.run.step import make_optimizer, make_pass, set_determinism, set_precision
+    from job.run.timing import COMPUTE, EXPOSED, UPDATE, LateLoss, StepTimer, Trace
+    from job.run.timings import run_profile
+    from shards.format.split import load_split
 
     began = time.time()
     rank, world_size = hvd.rank(), hvd.size()
@@ -313,7 +313,7 @@ def train(config: settings.Config, memory) -> None:
 def check_data(config: settings.Config, split, val_split, world_size: int) -> None:
     """Raise InputError when settings and shards do not fit together."""
     from job.evaluate import match_size
-    from shards.split import load_labels
+    from shards.format.split import load_labels
 
     if config.global_batch % world_size:
         below = config.global_batch // world_size * world_size
@@ -417,8 +417,8 @@ def main() -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
     # Horovod: initialise. Only now, so that --help and wrong options cost nothing.
-    from job.ranks import run_ranks  # isort: skip  (first: it says so when Horovod cannot be loaded)
-    from job.elastic import run_elastic
+    from job.ranks.process import run_ranks  # isort: skip  (first: it says so when Horovod cannot be loaded)
+    from job.ranks.elastic import run_elastic
 
     run_ranks(lambda: run_elastic(train, config))
 

@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any
 
-from shards.cli import InputError, Parser, printable, run
+from shards.errors import InputError, Parser, printable, run
 
 REFRESH_SECONDS = 2.0
 # A run that says nothing for so long, and for so many times its usual interval, is not called running any more.
@@ -158,7 +158,7 @@ def plot(points: list[list[float]], title: str, percent: bool = False) -> str:
 
 def page(about: dict[str, Any]) -> str:
     """What `describe` found, for people."""
-    from shards.progress import duration
+    from shards.machine.progress import duration
 
     done = about["step"] / about["last_step"] if about["last_step"] else 0.0
     filled = int(40 * min(1.0, done))

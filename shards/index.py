@@ -15,12 +15,10 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NoReturn
 
-from shards import workers
-from shards.cli import InputError, Parser, few, printable, run, short
-from shards.cores import cores_given
-from shards.names import chosen_tars, missing_numbers, not_read
-from shards.progress import Progress
-from shards.split import (
+from shards.check import workers
+from shards.errors import InputError, Parser, few, printable, run, short
+from shards.format.names import chosen_tars, missing_numbers, not_read
+from shards.format.split import (
     Member,
     Shard,
     Split,
@@ -38,7 +36,9 @@ from shards.split import (
     save_split,
     write_whole,
 )
-from shards.tar import NotTar, TarError, open_tar, samples, split_name, window_read
+from shards.format.tar import NotTar, TarError, open_tar, samples, split_name, window_read
+from shards.machine.cores import cores_given
+from shards.machine.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -336,7 +336,7 @@ def _mean_shape(dest: str) -> tuple[int, int]:
 
 def is_unfinished(dest: str, name: str) -> bool:
     """Whether shards.pack has begun a split in a folder and not finished it."""
-    from shards.write import STATE
+    from shards.write.shard import STATE
 
     return (
         not is_remote(dest)

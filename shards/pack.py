@@ -13,8 +13,8 @@ import sys
 import zlib
 from typing import TextIO
 
-from shards.cli import InputError, Parser, run
-from shards.lock import hold
+from shards.errors import InputError, Parser, run
+from shards.machine.lock import hold
 
 DESCRIPTION = """\
 Pack images into shuffled WebDataset shards, in parallel. SOURCE is one of
@@ -77,13 +77,13 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.bench:
         if arguments.source:
             raise InputError("--bench makes its own images: leave SOURCE and DEST out")
-        from shards.packbench import bench
+        from shards.write.bench import bench
 
         return bench(as_json=arguments.json)
     if not arguments.dest:
         raise InputError("SOURCE and DEST are needed (python -m shards.pack --help)")
     options = checked_options(arguments)
-    from shards.pool import mpi_world, serve_rank
+    from shards.write.pool import mpi_world, serve_rank
 
     comm = mpi_world(arguments.workers is not None)
     if comm is not None and comm.rank > 0:
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def checked_options(arguments):
     """`write.Options` of the command line. Raises InputError for what does not go together."""
-    from shards.write import Options
+    from shards.write.shard import Options
 
     given = {name: getattr(arguments, name) for name in ("resize", "fit", "quality")}
     given = {name: value for name, value in given.items() if value is not None}
@@ -130,11 +130,11 @@ def checked_options(arguments):
 
 def pack(arguments, options, comm) -> int:
     """Pack everything, as the only process or as rank 0 of `comm`."""
-    from shards import sources
-    from shards.cores import cores_given
-    from shards.pool import WorkerError, pack_all
-    from shards.progress import Progress
-    from shards.write import STATE, write_error
+    from shards.machine.cores import cores_given
+    from shards.machine.progress import Progress
+    from shards.sources import find as sources
+    from shards.write.pool import WorkerError, pack_all
+    from shards.write.shard import STATE, write_error
 
     released = comm is None  # whether the other ranks have got their jobs, or None
     try:
@@ -188,13 +188,13 @@ def pack(arguments, options, comm) -> int:
 
 
 def _light(job):
-    from shards.items import without_table
+    from shards.sources.items import without_table
 
     return without_table(job.items)
 
 
 def _count(jobs, task) -> int:
-    from shards.write import bounds
+    from shards.write.shard import bounds
 
     job = jobs[task[0]]
     first, last = bounds(job.nsamples, job.nshards, task[1])
@@ -221,10 +221,10 @@ def _lock(dest: str) -> TextIO:
 
 def prepare(items, dest: str, arguments, options):
     """The job of one split: settings compared with those of an earlier run, tables written in shuffled order."""
-    from shards.items import save_table
-    from shards.sources import unpack_idx
-    from shards.split import write_whole
-    from shards.write import Job
+    from shards.format.split import write_whole
+    from shards.sources.find import unpack_idx
+    from shards.sources.items import save_table
+    from shards.write.shard import Job
 
     if options.encoding == "copy" and items.pixels:
         raise InputError("the source holds bare pixels, no image files to copy: use --encoding raw --resize 0, or jpeg")
@@ -308,9 +308,9 @@ def count_shards(job, shard_mb: float | None, shard_images: int | None) -> int:
     """Number of shards, which differ by one image at most."""
     if shard_images:
         return -(-job.nsamples // shard_images)
-    from shards.images import BadImage
-    from shards.items import Reader
-    from shards.write import BLOCK, encode
+    from shards.read.images import BadImage
+    from shards.sources.items import Reader
+    from shards.write.shard import BLOCK, encode
 
     reader = Reader(job.items)
     sizes = []
@@ -344,7 +344,7 @@ def remaining(jobs) -> tuple[list[tuple[int, int]], dict]:
 
 def _read_record(job, shard: int, complete: bool) -> dict | None:
     """Record of a shard that is finished and in place, else None. `complete`: its sums are no longer needed."""
-    from shards.split import idx_path
+    from shards.format.split import idx_path
 
     needed = [idx_path(job.tar(shard)), job.columns(shard)]
     try:
@@ -371,7 +371,7 @@ def finish(jobs, records: dict, max_bad: int, worked: bool) -> None:
         for entry in records[n, k]["bad"]
     ]
     if bad:
-        from shards.split import write_whole
+        from shards.format.split import write_whole
 
         path = jobs[0].state("bad.txt")
         text = "".join(f"{split}\t{name}\t{reason}\n" for split, name, reason in bad)
@@ -395,10 +395,10 @@ def finish_split(job, records: list[dict], worked: bool) -> None:
     """Write the index of the split, for train mean.npy, and remove what only an unfinished pack needs."""
     import numpy as np
 
+    from shards.format.split import Shard, Split
     from shards.index import save_index
-    from shards.items import table_paths
-    from shards.split import Shard, Split
-    from shards.write import SIZES_DIFFER
+    from shards.sources.items import table_paths
+    from shards.write.shard import SIZES_DIFFER
 
     split = job.items.split
     nsamples = sum(record["nsamples"] for record in records)
@@ -450,8 +450,8 @@ def write_mean(job, records: list[dict], nsamples: int, height: int, width: int)
     """
     import numpy as np
 
-    from shards.split import write_whole
-    from shards.write import MEAN_PIXELS
+    from shards.format.split import write_whole
+    from shards.write.shard import MEAN_PIXELS
 
     sums = [job.sums(shard) for shard, record in enumerate(records) if record["nsamples"]]
     if job.options.encoding == "copy" and job.items.mean and sum(r["nsamples"] for r in records) == job.nsamples:

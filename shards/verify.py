@@ -14,22 +14,10 @@ import time
 import zlib
 from typing import TYPE_CHECKING
 
-from shards import remote, workers
-from shards.cli import EXIT_BAD_INPUT, InputError, Parser, few, run
-from shards.cores import cores_given
-from shards.index import (
-    BadSample,
-    LabelRule,
-    Problem,
-    check_members,
-    extra_fields,
-    read_label,
-    sample_key,
-    save_index,
-)
-from shards.names import list_tars, missing_numbers, natural
-from shards.progress import Progress
-from shards.split import (
+from shards.check import workers
+from shards.errors import EXIT_BAD_INPUT, InputError, Parser, few, run
+from shards.format.names import list_tars, missing_numbers, natural
+from shards.format.split import (
     Member,
     Shard,
     Split,
@@ -46,7 +34,20 @@ from shards.split import (
     read_idx,
     write_whole,
 )
-from shards.tar import BLOCK, Read, TarError, open_tar, samples, window_read
+from shards.format.tar import BLOCK, Read, TarError, open_tar, samples, window_read
+from shards.index import (
+    BadSample,
+    LabelRule,
+    Problem,
+    check_members,
+    extra_fields,
+    read_label,
+    sample_key,
+    save_index,
+)
+from shards.machine import remote
+from shards.machine.cores import cores_given
+from shards.machine.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -290,7 +291,7 @@ def _check_sample(
 
 def _check_image(data: bytes, split: Split) -> None:
     """Decode an image in full."""
-    from shards import images
+    from shards.read import images
 
     if split.encoding == "raw":
         if len(data) != split.height * split.width * 3:
@@ -320,12 +321,12 @@ def _check_image(data: bytes, split: Split) -> None:
 def check_jpeg(data: bytes) -> None:
     """Decode a JPEG and raise ValueError where any of it is damaged; other decoders fill in grey and go on.
 
-    Every bit is decoded, and only what cannot fail (inverse DCT, colours) is left out: by shards/jpeg.c that of all but
+    Every bit is decoded, and only what cannot fail (inverse DCT, colours) is left out: by jpeg.c that of all but
     one pixel; where that refuses, by libjpeg-turbo in grey at an eighth of the size. 256x256, one core: 7,300 and 5,400
     images/s instead of 3,700 in full.
     """
-    from shards import fastjpeg
-    from shards.images import jpeg_header, simplejpeg
+    from shards.read import fastjpeg
+    from shards.read.images import jpeg_header, simplejpeg
 
     decoder, header = fastjpeg.decoder(), jpeg_header(data)
     if decoder is not None and header is not None:

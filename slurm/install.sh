@@ -53,7 +53,7 @@ if [ -n "${SLURM_JOB_ID:-}" ]; then
     places+=("$(dirname "${command:-/}")/.." "${SLURM_SUBMIT_DIR:-.}" "${SLURM_SUBMIT_DIR:-.}/..")
 fi
 for place in "${places[@]}"; do
-    if [ -f "$place/slurm/build_horovod.py" ]; then repository=$(cd "$place" && pwd); break; fi
+    if [ -f "$place/slurm/setup/build_horovod.py" ]; then repository=$(cd "$place" && pwd); break; fi
 done
 [ -n "$repository" ] || missing "cannot find the repository; submit from its folder: cd alexnet && sbatch slurm/install.sh"
 cd "$repository"
@@ -137,4 +137,4 @@ if [ -z "$environment" ]; then
 fi
 export PATH=$environment/bin:$PATH
 
-exec "$environment/bin/python" slurm/install_steps.py --cache "$cache" --start "$start" ${options[@]+"${options[@]}"}
+exec "$environment/bin/python" slurm/setup/steps.py --cache "$cache" --start "$start" ${options[@]+"${options[@]}"}

@@ -19,12 +19,12 @@ set -o pipefail
 # Slurm runs a copy of this script; it knows where the original lies.
 command=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null | sed -n 's/^ *Command=//p' | head -n 1)
 repository=${command%/slurm/train.sh*}
-if [ ! -f "$repository/slurm/launch.sh" ]; then
+if [ ! -f "$repository/slurm/lib/launch.sh" ]; then
     echo "error: this is a job script; submit it where it lies: sbatch REPOSITORY/slurm/train.sh" >&2
     exit 2
 fi
-# shellcheck source-path=SCRIPTDIR source=launch.sh
-source "$repository/slurm/launch.sh"
+# shellcheck source-path=SCRIPTDIR source=lib/launch.sh
+source "$repository/slurm/lib/launch.sh"
 
 # A run directory that stays the same over requeues; the user's own --out comes later and wins.
 task=${SLURM_ARRAY_TASK_ID:-}

@@ -1,4 +1,4 @@
-/* Mutates JPEG files and decodes them with shards/jpeg.c, to be compiled with -fsanitize=address,undefined.
+/* Mutates JPEG files and decodes them with shards/read/jpeg.c, to be compiled with -fsanitize=address,undefined.
  *
  *     fuzz SEED SECONDS OUT FILE...
  *
@@ -6,7 +6,7 @@
  * many were tried. OUT gets those that were accepted, up to MOST_ACCEPTED: seven int32 (size of the file, top, left,
  * height, width of the part, height, width of the image), the file, the pixels of the part.
  */
-#include "../shards/jpeg.c"
+#include "../shards/read/jpeg.c"
 
 #include <stdio.h>
 #include <time.h>

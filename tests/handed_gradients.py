@@ -5,8 +5,8 @@ import sys
 import horovod.torch as hvd
 import torch
 
-from job.optim import MomentumSGD
-from job.parallel import Gradients
+from job.network.sgd import MomentumSGD
+from job.ranks.average import Gradients
 
 
 def main(wire: str) -> None:

@@ -11,7 +11,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from shards.mat import load_mat
+from shards.sources.mat import load_mat
 
 META = os.path.join(os.path.dirname(__file__), "data", "meta40.mat")  # written by scipy.io.savemat, compressed
 PER_CLASS, VAL = 20, 120

@@ -9,7 +9,7 @@ import math
 import random
 from pathlib import Path
 
-from job.scalingmodel import COMPUTE, EXPOSED, REST, TO_DEVICE, UPDATE, WAIT
+from job.scaling.model import COMPUTE, EXPOSED, REST, TO_DEVICE, UPDATE, WAIT
 
 # AlexNet's layers as gradients become ready: bytes of weights, and share of the backward pass that is over then.
 LAYERS = (
@@ -104,7 +104,7 @@ def write_study(
     **machine,
 ) -> Path:
     """A study of `sizes` ranks with its points, as `job.scaling run` leaves it."""
-    from job.study import Plan, Point, _begin, points_of, save_point
+    from job.scaling.study import Plan, Point, _begin, points_of, save_point
 
     plan = Plan(tuple(sizes), tuple(modes), (data,), batch, repeats, 100, 1, ())
     _begin(str(path), plan)

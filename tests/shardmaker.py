@@ -9,8 +9,8 @@ import tarfile
 
 import numpy as np
 
-from shards.split import Shard, Split, format_idx, load_split, save_column, save_split, write_whole
-from shards.tar import scan
+from shards.format.split import Shard, Split, format_idx, load_split, save_column, save_split, write_whole
+from shards.format.tar import scan
 
 
 def raw_image(number: int, side: int) -> np.ndarray:

@@ -11,8 +11,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from shards import tar
-from shards.split import Shard, Split, format_idx, save_column, save_split
+from shards.format import tar
+from shards.format.split import Shard, Split, format_idx, save_column, save_split
 
 
 @functools.cache

@@ -13,17 +13,21 @@ import numpy as np
 import pytest
 import torch
 
-from job import agree, fast, heartbeat, passes, progress
 from job.config import Config, to_flat
-from shards import caches, pool
-from shards.cli import InputError, lone_process
-from shards.split import Shard, Split
+from job.fast import network as fast
+from job.ranks import agree, heartbeat
+from job.run import progress
+from job.run import step as passes
+from shards.errors import InputError, lone_process
+from shards.format.split import Shard, Split
+from shards.machine import caches
+from shards.write import pool
 from tests.launch import error_lines, run
 
 A, B, C = ({"uuid": f"GPU-{letter}", "name": "NVIDIA H100", "plain": ""} for letter in "abc")
 
 
-def report(gpus=(), host="n1", problem="", decoder="shards/jpeg.c", **same):
+def report(gpus=(), host="n1", problem="", decoder="shards/read/jpeg.c", **same):
     return {
         "host": host,
         "problem": problem,
@@ -136,7 +140,7 @@ def test_other_gpus_and_other_decoders_are_a_warning():
     agree.check(reports, "auto")
     gpus, decoders = agree.warnings(reports, [0, 0], {"kernels": "plain"})
     assert "NVIDIA H100 on rank 0 on n1, NVIDIA A100 on rank 1 on n2" in gpus
-    assert "shards/jpeg.c on rank 0 on n1, Pillow on rank 1 on n2" in decoders
+    assert "shards/read/jpeg.c on rank 0 on n1, Pillow on rank 1 on n2" in decoders
 
 
 def test_a_rank_reports_what_it_finds_and_settings_that_may_differ_are_left_out(monkeypatch):
@@ -180,9 +184,10 @@ def test_a_rank_that_sees_one_gpu_uses_it_as_number_0(monkeypatch, caplog):
 
 
 def two_ranks(code: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:
-    """`code` under horovodrun -np 2, as job.ranks runs the commands."""
+    """`code` under horovodrun -np 2, as job.ranks.process runs the commands."""
     launcher = os.path.join(os.path.dirname(sys.executable), "horovodrun")
-    program = f"import horovod.torch as hvd, torch\nfrom job import agree, ranks\nfrom shards.cli import run\n{code}"
+    imports = "import horovod.torch as hvd, torch\nfrom job.ranks import agree, process as ranks\nfrom shards.errors import run\n"
+    program = imports + code
     return run(launcher, "-np", "2", sys.executable, "-c", program, timeout=timeout, env=env)
 
 

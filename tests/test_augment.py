@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job import augment
-from job.augment import load_mean, prepare, prepare_plain, prepare_triton, to_device
-from job.loader import Loader
-from shards.cli import InputError
-from shards.split import load_split
+from job.batches import device as augment
+from job.batches.device import load_mean, prepare, prepare_plain, prepare_triton, to_device
+from job.batches.loader import Loader
+from shards.errors import InputError
+from shards.format.split import load_split
 from tests.shardmaker import write_split
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")

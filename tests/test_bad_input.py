@@ -115,7 +115,7 @@ def test_a_rank_that_raises_ends_the_job_with_its_error_shown_once(tmp_path, glo
     script = tmp_path / "failing.py"
     script.write_text(
         "import horovod.torch as hvd, torch\n"
-        "from job.ranks import run_ranks\n"
+        "from job.ranks.process import run_ranks\n"
         "def main():\n"
         "    for step in range(1000):\n"
         "        hvd.allreduce(torch.ones(3), name='x')\n"

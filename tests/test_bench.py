@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from job import bench_allreduce, bench_step
+from job.bench import allreduce as bench_allreduce
+from job.bench import step as bench_step
 from tests.launch import ROOT, error_lines, horovodrun, python, run
 from tests.shardmaker import write_split
 from tests.test_loader import jpeg
@@ -69,7 +70,7 @@ def four_ranks(monkeypatch):
     import horovod.torch as hvd
     import torch
 
-    from job import agree
+    from job.ranks import agree
 
     for name, value in (("size", 4), ("rank", 0), ("barrier", None)):
         monkeypatch.setattr(hvd, name, lambda value=value: value)

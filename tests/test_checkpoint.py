@@ -8,12 +8,14 @@ import types
 import pytest
 import torch
 
-from job import checkpoint, config, parallel
-from job.checkpoint import CheckpointWriter, fault, list_checkpoints, newest_good, put_in_place
-from job.optim import MomentumSGD, parameter_groups
-from job.resume import content, find_resume, fingerprint, leave_behind, same_settings
-from shards.cli import InputError
-from shards.split import Shard, Split
+from job import config
+from job.network.sgd import MomentumSGD, parameter_groups
+from job.ranks import average as parallel
+from job.run import checkpoint
+from job.run.checkpoint import CheckpointWriter, fault, list_checkpoints, newest_good, put_in_place
+from job.run.resume import content, find_resume, fingerprint, leave_behind, same_settings
+from shards.errors import InputError
+from shards.format.split import Shard, Split
 
 SHARDS = tuple(Shard(f"train-{i:06d}.tar", 10 + i, 1000 * i + 1000, f"{i:064x}") for i in range(3))
 SPLIT = Split("train", "/data", SHARDS, classes=("a", "b"), labels="train.labels.npy", labels_sha256="1" * 64)
@@ -21,7 +23,7 @@ MEAN = torch.ones(3, 2, 2)
 
 
 class Log:
-    """Takes in what a run says, in place of job.runlog.RunLog."""
+    """Takes in what a run says, in place of job.run.log.RunLog."""
 
     def __init__(self, out):
         self.out, self.lines = str(out), []
@@ -302,8 +304,8 @@ def test_a_state_is_kept_only_after_an_average_which_is_made_once(monkeypatch):
 
 def test_ranks_that_are_lost_again_and_again_at_one_step_end_the_job(monkeypatch):
     """An error that every attempt meets again is no lost host; one that a commit came after is."""
-    from job import elastic
-    from job.ranks import Failed
+    from job.ranks import elastic
+    from job.ranks.process import Failed
 
     monkeypatch.setattr(elastic.heartbeat, "ELASTIC", True)
     monkeypatch.setattr(elastic.heartbeat, "forget", lambda: None)
@@ -329,8 +331,8 @@ def test_ranks_that_are_lost_again_and_again_at_one_step_end_the_job(monkeypatch
 
 
 def test_a_trace_that_cannot_be_written_is_reported_and_does_not_end_training(tmp_path):
-    from job.runlog import RunLog
-    from job.timing import Trace
+    from job.run.log import RunLog
+    from job.run.timing import Trace
 
     log = RunLog(str(tmp_path / "run"), active=True)
     for folder, failures in ((tmp_path, 0), (tmp_path / "no such folder", 1)):
@@ -343,7 +345,7 @@ def test_a_trace_that_cannot_be_written_is_reported_and_does_not_end_training(tm
 
 
 def test_settings_that_cannot_be_written_do_not_end_training(tmp_path, monkeypatch):
-    from job.runlog import RunLog
+    from job.run.log import RunLog
 
     def full(*_):
         raise OSError(28, "No space left on device")

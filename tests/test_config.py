@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from job import config
-from shards.cli import InputError
+from shards.errors import InputError
 
 
 def parse(*arguments: str) -> config.Config:

@@ -8,9 +8,9 @@ import sys
 import psutil
 import pytest
 
-import shards.cores
-from job import cores
-from shards.cores import Cores, cores_given
+from job.batches import cores
+from shards.machine import cores as machine_cores
+from shards.machine.cores import Cores, cores_given
 from tests.launch import ROOT
 
 OPEN_MPI = "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"
@@ -26,8 +26,8 @@ def machine(monkeypatch):
     def set(affinity=range(32), total=32, cpuset=None, quota=None, **environment):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: frozenset(affinity))
         monkeypatch.setattr(os, "cpu_count", lambda: total)
-        monkeypatch.setattr(shards.cores, "cgroup_quota", lambda: quota)
-        monkeypatch.setattr(shards.cores, "_cpuset", lambda: cpuset)
+        monkeypatch.setattr(machine_cores, "cgroup_quota", lambda: quota)
+        monkeypatch.setattr(machine_cores, "_cpuset", lambda: cpuset)
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
 
@@ -185,17 +185,17 @@ def test_limits_are_read_from_both_versions_of_control_groups(tmp_path):
     write(two, cpuset__cpus__effective="0-63")
     write(tmp_path, proc2="0::/job/step")
     version2 = str(tmp_path / "proc2"), str(two)
-    assert shards.cores.cgroup_quota(*version2) == 2.5
-    assert shards.cores._cpuset(*version2) == 9
+    assert machine_cores.cgroup_quota(*version2) == 2.5
+    assert machine_cores._cpuset(*version2) == 9
     write(one / "cpu" / "job", cpu__cfs_quota_us="300000", cpu__cfs_period_us="100000")
     write(one / "cpuset" / "job", cpuset__cpus="4-7")
     write(tmp_path, proc1="3:memory:/job\n2:cpu,cpuacct:/job\n1:cpuset:/job/step")
     version1 = str(tmp_path / "proc1"), str(one)
-    assert shards.cores.cgroup_quota(*version1) == 3.0
-    assert shards.cores._cpuset(*version1) == 4
+    assert machine_cores.cgroup_quota(*version1) == 3.0
+    assert machine_cores._cpuset(*version1) == 4
     write(one / "cpu" / "job", cpu__cfs_quota_us="-1")
-    assert shards.cores.cgroup_quota(*version1) is None
-    for limit in (shards.cores.cgroup_quota, shards.cores._cpuset):
+    assert machine_cores.cgroup_quota(*version1) is None
+    for limit in (machine_cores.cgroup_quota, machine_cores._cpuset):
         assert limit(str(tmp_path / "nothing"), str(one)) is None
 
 
@@ -203,7 +203,7 @@ def test_limits_are_read_from_both_versions_of_control_groups(tmp_path):
 
 TASKS = """
 import multiprocessing, os, sys, time
-from shards import workers
+from shards.check import workers
 
 def pid(task):
     os.write(1, b"%d\\n" % os.getpid())  # one write: lines of two processes do not mix

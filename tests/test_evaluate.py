@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from job import config, evaluate
-from job.checkpoint import CheckpointWriter
-from job.loader import Loader
-from job.model import build
+from job.batches.loader import Loader
+from job.network.alexnet import build
+from job.run.checkpoint import CheckpointWriter
 from job.train import check_data
-from shards.cli import InputError
-from shards.split import image_member, load_split, read_idx
+from shards.errors import InputError
+from shards.format.split import image_member, load_split, read_idx
 from tests.shardmaker import damage, write_split
 
 OPTIONS = (

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from job.augment import prepare_plain
+from job.batches.device import prepare_plain
 from job.config import Optim
-from job.model import AlexNet, pool
-from job.model import lrn as normalise
-from job.optim import LARS, FusedSGD, MomentumSGD, parameter_groups
+from job.network.alexnet import AlexNet, pool
+from job.network.alexnet import lrn as normalise
+from job.network.sgd import LARS, FusedSGD, MomentumSGD, parameter_groups
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -59,7 +59,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def run_fast(model, batch, dtype, graphs=CUDA, seed=0):
-    from job.fast import Network
+    from job.fast.network import Network
 
     images, offsets, mirror, mean, labels = batch
     fast = Network(model, len(images), dtype, graphs=graphs)
@@ -142,7 +142,7 @@ def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def lrn_pool_parts(lrn: str, dtype: torch.dtype, n: int, channels: int, side: int):
     """Outputs and gradients of one convolution's bias, ReLU, pool and LRN, fast and plain (float32 on same inputs)."""
-    from job.fast import Network
+    from job.fast.network import Network
 
     model = network(lrn)
     fast = Network(model, n, dtype, graphs=False)
@@ -174,7 +174,7 @@ def test_pool_and_lrn_agree_at_either_precision(lrn, dtype, tolerance):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_loss_and_its_gradient_agree_at_either_precision(dtype, tolerance):
-    from job.fast import Network
+    from job.fast.network import Network
 
     for n, classes in ((3, 7), (5, 129), *([(129, 1000)] if CUDA else [])):
         fast = Network(network(classes=classes), n, dtype, graphs=False)
@@ -189,7 +189,7 @@ def test_loss_and_its_gradient_agree_at_either_precision(dtype, tolerance):
 
 
 def test_dropout_drops_its_share_by_the_seed_and_scales_the_rest():
-    from job.fast import Network
+    from job.fast.network import Network
 
     fast = Network(network(dropout=0.4), 2, torch.float32, graphs=False)
     bias = torch.ones(300, device=DEVICE)

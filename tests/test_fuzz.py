@@ -12,9 +12,9 @@ import pytest
 
 import tars
 from shards import index, verify
-from shards.cli import InputError
-from shards.split import load_split, parse_npy
-from shards.tar import BLOCK, open_tar, samples
+from shards.errors import InputError
+from shards.format.split import load_split, parse_npy
+from shards.format.tar import BLOCK, open_tar, samples
 
 SIZE = 48  # pixels of an image
 SHARDS = (5, 5)
@@ -181,7 +181,7 @@ def test_repair_always_ends_in_a_set_that_verifies_and_has_right_labels(original
 
 def read_all(split):
     """(image bytes, label) of all samples, by the index."""
-    from shards.split import image_member, load_labels, read_idx
+    from shards.format.split import image_member, load_labels, read_idx
 
     labels = iter(load_labels(split).tolist())
     for shard in split.shards:
@@ -193,7 +193,7 @@ def read_all(split):
 
 def epoch(folder, bad_allowed: float = 1):
     """All batches of a set as training reads them."""
-    from job.loader import Loader
+    from job.batches.loader import Loader
 
     split = load_split(str(folder), "train")
     options = {"rank": 0, "world_size": 1, "global_batch": 4, "crop": 40, "max_bad_fraction": bad_allowed}
@@ -230,7 +230,7 @@ def test_training_never_gives_a_wrong_label(originals, tmp_path, kind):
 @pytest.mark.parametrize("loss", ["samples", "a whole shard's"])
 def test_a_repaired_set_trains(originals, tmp_path, capsys, loss):
     pytest.importorskip("torch")
-    from job.loader import Loader
+    from job.batches.loader import Loader
 
     folder = tmp_path / "set"
     shutil.copytree(originals["packed"], folder)
@@ -250,7 +250,7 @@ def test_a_repaired_set_trains(originals, tmp_path, capsys, loss):
 
 def test_worker_processes_do_not_hang_on_damage(originals, tmp_path):
     pytest.importorskip("torch")
-    from job.loader import Loader
+    from job.batches.loader import Loader
 
     folder = tmp_path / "set"
     for case in cases(folder, originals["packed"], TARS, 3, seed=5):

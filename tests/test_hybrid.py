@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from job.hybrid import part
+from job.ranks.hybrid import part
 from tests.launch import error_lines, horovodrun, metrics, python
 
 SMALL = ["--recipe", "demo", "--model.width", "0.11", "--workers", "0", "--log-every", "1", "--eval-every", "0"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards import images
+from shards.read import images
 
 HEIGHT, WIDTH = 48, 64
 ROW, COLUMN = np.mgrid[:HEIGHT, :WIDTH]

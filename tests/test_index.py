@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 
 import tars
-from shards import index, names, progress, verify
-from shards.cli import InputError
-from shards.split import image_member, load_labels, load_split, read_idx
-from shards.tar import samples
+from shards import index, verify
+from shards.errors import InputError
+from shards.format import names
+from shards.format.split import image_member, load_labels, load_split, read_idx
+from shards.format.tar import samples
+from shards.machine import progress
 
 
 def run(folder, *options) -> None:

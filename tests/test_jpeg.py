@@ -1,4 +1,4 @@
-"""Crops decoded by shards/jpeg.c are libjpeg-turbo's bit for bit, and what is not plain or not sound is refused."""
+"""Crops decoded by jpeg.c are libjpeg-turbo's bit for bit, and what is not plain or not sound is refused."""
 
 import io
 import os
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards import fastjpeg, images
+from shards.read import fastjpeg, images
 from tests.launch import ROOT
 
 GUARD = 97  # value of a byte that must stay as it is
@@ -214,7 +214,7 @@ def test_the_packer_gets_the_same_image_with_and_without_it(file):
 def missing(tmp_path, **environment) -> str:
     """What `missing` says in a new process with an empty cache."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), **environment}
-    code = "from shards import fastjpeg; print(fastjpeg.missing())"
+    code = "from shards.read import fastjpeg; print(fastjpeg.missing())"
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
     )
@@ -225,7 +225,7 @@ def test_it_is_compiled_once_even_by_processes_that_start_together(tmp_path):
     compiler = tmp_path / "cc"
     compiler.write_text(f'#!/bin/sh\necho run >>{tmp_path}/runs\nexec cc "$@"\n')
     compiler.chmod(0o755)
-    code = "from shards import fastjpeg; assert not fastjpeg.missing(), fastjpeg.missing()"
+    code = "from shards.read import fastjpeg; assert not fastjpeg.missing(), fastjpeg.missing()"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "CC": str(compiler)}
     together = [subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT) for _ in range(4)]
     assert [process.wait(120) for process in together] == [0] * 4

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from job import checkpoint
 from job.config import from_flat
-from job.model import build
+from job.network.alexnet import build
+from job.run import checkpoint
 from tests.launch import error_lines, horovodrun, metrics, python
 
 # 2 is the rate of You et al. for batches of 512; a net this narrow, on this few images, bears and needs more.

@@ -1,4 +1,4 @@
-"""What slurm/launch.sh makes of an allocation, from the variables that Slurm sets; no Slurm is needed."""
+"""What slurm/lib/launch.sh makes of an allocation, from the variables that Slurm sets; no Slurm is needed."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ def launch(tmp_path):
             (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
             (tmp_path / name).chmod(0o755)
         path = f"{tmp_path}:{os.path.dirname(sys.executable)}:/usr/sbin:/usr/bin:/bin"
-        script = f"set -uo pipefail\nrepository={ROOT}\nsource $repository/slurm/launch.sh\nPATH={path}\n{lines}"
+        script = f"set -uo pipefail\nrepository={ROOT}\nsource $repository/slurm/lib/launch.sh\nPATH={path}\n{lines}"
         env = {"PATH": path, "HOME": str(tmp_path), **NODE, **env}
         return subprocess.run(["bash", "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
 

@@ -19,12 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from job import loader as loader_module
-from job.loader import Loader
-from job.order import Order, batch_positions
-from shards import fastjpeg, reader
-from shards.cli import InputError
-from shards.split import load_split, save_column
+from job.batches import loader as loader_module
+from job.batches.loader import Loader
+from job.batches.order import Order, batch_positions
+from shards.errors import InputError
+from shards.format.split import load_split, save_column
+from shards.read import fastjpeg, reader
 from tests.shardmaker import damage, image_offset, write_split
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -261,7 +261,7 @@ def test_memory_is_bounded(tmp_path, monkeypatch):
 
 def children(pid=None):
     processes = psutil.Process(pid).children(recursive=True)
-    return [p for p in processes if p.status() != psutil.STATUS_ZOMBIE and "job.worker" in p.cmdline()]
+    return [p for p in processes if p.status() != psutil.STATUS_ZOMBIE and "job.batches.reader" in p.cmdline()]
 
 
 def gone(processes, seconds=10):
@@ -642,8 +642,8 @@ def test_every_decoder_of_libjpeg_turbo_gives_the_same_bits(crop, seed, bad):
 
 def test_pillow_alone_gives_nearly_the_same_and_says_so(photos, monkeypatch, caplog):
     expected = take(photos, 3, global_batch=8, crop=12)
-    from job import worker
-    from shards import images
+    from job.batches import reader as worker
+    from shards.read import images
 
     without_fast_decoder(monkeypatch)
     for module in (worker, images):

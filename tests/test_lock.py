@@ -7,9 +7,10 @@ import os
 
 import pytest
 
-from job import runlog
-from shards import cli, lock
-from shards.cli import InputError
+from job.run import log as runlog
+from shards import errors as cli
+from shards.errors import InputError
+from shards.machine import lock
 
 SQUEUE = "#!/bin/sh\nprintf '%s' \"$SQUEUE_SAYS\"\n"
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.model import AlexNet, feature_size, lrn
+from job.network.alexnet import AlexNet, feature_size, lrn
 
 
 def layers(model):

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.config import Optim
-from job.model import AlexNet
-from job.optim import LARS, MomentumSGD, learning_rate, parameter_groups
+from job.network.alexnet import AlexNet
+from job.network.sgd import LARS, MomentumSGD, learning_rate, parameter_groups
 
 
 def test_three_steps_match_numpy():

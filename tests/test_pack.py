@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards import pack, packbench
-from shards.cli import InputError
-from shards.split import load_labels, load_split, read_idx
+from shards import pack
+from shards.errors import InputError
+from shards.format.split import load_labels, load_split, read_idx
+from shards.write import bench as packbench
 from tests import imagenet40
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -17,12 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards import images, pack, sources
-from shards.cli import InputError
-from shards.items import Reader
-from shards.mat import load_mat
-from shards.split import image_member, load_labels, load_split, read_idx
-from shards.write import Options, Packer, bounds
+from shards import pack
+from shards.errors import InputError
+from shards.format.split import image_member, load_labels, load_split, read_idx
+from shards.read import images
+from shards.sources import find as sources
+from shards.sources.items import Reader
+from shards.sources.mat import load_mat
+from shards.write.shard import Options, Packer, bounds
 from tests import imagenet40
 
 SETTINGS = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -310,7 +312,7 @@ def test_damaged_meta_mat_is_an_input_error(data):
 
 
 def test_a_reader_of_many_archives_keeps_few_open(tmp_path, monkeypatch):
-    from shards import items as items_module
+    from shards.sources import items as items_module
 
     monkeypatch.setattr(items_module, "_OPEN_FILES", 3)
     rows, paths = items_module.Rows(), []
@@ -331,7 +333,7 @@ def test_a_reader_of_many_archives_keeps_few_open(tmp_path, monkeypatch):
 def test_a_million_images_need_little_memory():
     import tracemalloc
 
-    from shards.items import Rows
+    from shards.sources.items import Rows
 
     tracemalloc.start()
     rows = Rows()

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from shards import progress
+from shards.machine import progress
 from tests.launch import ROOT, run
 
 
@@ -108,13 +108,13 @@ def test_durations(seconds, text):
 
 
 def test_a_reader_that_ends_early_leaves_no_traceback():
-    code = "from shards.cli import run\nrun(lambda: print('x' * 100000))"
+    code = "from shards.errors import run\nrun(lambda: print('x' * 100000))"
     done = run("bash", "-c", f'{sys.executable} -c "{code}" | head -c 1; exit ${{PIPESTATUS[0]}}')
     assert (done.returncode, done.stdout, done.stderr) == (1, "x", "")
 
 
 def test_ctrl_c_is_one_line_and_exit_code_130():
-    code = "import time; from shards.cli import run; run(lambda: (print('on', flush=True), time.sleep(60)))"
+    code = "import time; from shards.errors import run; run(lambda: (print('on', flush=True), time.sleep(60)))"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -125,7 +125,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130():
 
 
 def test_training_goes_on_when_nobody_reads_its_output(tmp_path, monkeypatch):
-    from job.runlog import RunLog
+    from job.run.log import RunLog
 
     reading, writing = os.pipe()
     os.close(reading)
@@ -138,7 +138,8 @@ def test_training_goes_on_when_nobody_reads_its_output(tmp_path, monkeypatch):
 
 
 def test_requests_to_stop_are_answered_at_once_and_a_second_one_ends(monkeypatch, capfd):
-    from job import heartbeat, ranks
+    from job.ranks import heartbeat
+    from job.ranks import process as ranks
 
     left, ended = [], threading.Event()
 

@@ -7,11 +7,11 @@ import tarfile
 
 import pytest
 
-from shards import reader
-from shards.cli import InputError
-from shards.reader import DamagedSample, ShardReader
-from shards.split import Shard, Split, format_idx, write_whole
-from shards.tar import scan
+from shards.errors import InputError
+from shards.format.split import Shard, Split, format_idx, write_whole
+from shards.format.tar import scan
+from shards.read import reader
+from shards.read.reader import DamagedSample, ShardReader
 from tests.shardmaker import add, damage, image_offset, raw_image, write_split
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import tars
-from shards import index, remote, verify
-from shards.cli import InputError
-from shards.split import load_labels, load_split, read_idx
+from shards import index, verify
+from shards.errors import InputError
+from shards.format.split import load_labels, load_split, read_idx
+from shards.machine import remote
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -233,7 +234,7 @@ def test_remote_shards_are_indexed_into_a_folder(server, tmp_path):
 
 def test_training_reads_remote_shards_through_dropped_connections(server, tmp_path):
     pytest.importorskip("torch")
-    from job.loader import Loader
+    from job.batches.loader import Loader
 
     def batches(data):
         split = load_split(str(data), "train")
@@ -281,7 +282,7 @@ def test_an_index_on_a_server_names_no_file_of_this_machine(server, tmp_path):
 
 def test_a_node_fetches_each_shard_once_into_its_cache(server, tmp_path, monkeypatch):
     pytest.importorskip("torch")
-    from job.loader import Loader
+    from job.batches.loader import Loader
 
     tars.make_split(tmp_path / "data", (6, 6, 6))
     cache = tmp_path / "cache"

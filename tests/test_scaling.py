@@ -19,9 +19,10 @@ import psutil
 import pytest
 import torch
 
-from job import cost, scaling, study
-from shards import cli
-from shards.cli import InputError
+from job.scaling import __main__ as scaling
+from job.scaling import cost, study
+from shards import errors as cli
+from shards.errors import InputError
 from tests import scaling_data
 from tests.cluster import Cluster, namespaces_refused
 from tests.launch import ROOT, error_lines, python, run
@@ -232,7 +233,7 @@ def test_a_rank_a_fifth_slower_is_named_however_few_the_others_are(tmp_path, ran
 
 
 def test_the_timers_of_a_long_run_do_not_fill_the_memory():
-    from job.timing import COMPUTE, StepTimer
+    from job.run.timing import COMPUTE, StepTimer
 
     timer = StepTimer(torch.device("cpu"))
     for _ in range(2000):

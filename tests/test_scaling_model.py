@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from job import scalingmodel, study
-from job.scalingmodel import COMPUTE, EXPOSED, SECTIONS, Gradient, Measured, Scenario, allreduce_seconds
+from job.scaling import model as scalingmodel
+from job.scaling import study
+from job.scaling.model import COMPUTE, EXPOSED, SECTIONS, Gradient, Measured, Scenario, allreduce_seconds
 from tests import scaling_data
 
 DATA = Path(__file__).parent / "data"

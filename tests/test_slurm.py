@@ -154,7 +154,7 @@ def test_training_is_the_same_on_1_and_4_nodes(cluster, submit, losses, nodes, t
 def test_ranks_follow_the_gpus_of_a_node_and_are_bound_to_cores_of_their_own(cluster, submit, tmp_path):
     show, log = tmp_path / "show.sh", tmp_path / "log"
     show.write_text(
-        '#!/bin/bash\nrepository=$1; source "$repository/slurm/launch.sh"; find_launcher mpirun\n'
+        '#!/bin/bash\nrepository=$1; source "$repository/slurm/lib/launch.sh"; find_launcher mpirun\n'
         '"${launch[@]}" grep Cpus_allowed_list /proc/self/status\n'
     )
     words = ["-o", str(log), "-N1", "--exclusive", "--gpus-per-node=2", str(show), str(ROOT)]

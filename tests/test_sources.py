@@ -6,10 +6,11 @@ import tarfile
 
 import pytest
 
-from shards import labels as labels_module
-from shards import sources, spellings
-from shards.cli import InputError
+from shards.errors import InputError
 from shards.pack import main as pack_main
+from shards.sources import find as sources
+from shards.sources import labels as labels_module
+from shards.sources import spellings
 from tests import imagenet40
 
 PICTURE = imagenet40.jpeg(imagenet40.picture(1))

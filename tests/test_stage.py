@@ -1,4 +1,4 @@
-"""slurm/stage.py copies to a node's disk what the index names, and nothing is missing there."""
+"""slurm/lib/stage.py copies to a node's disk what the index names, and nothing is missing there."""
 
 import collections
 import errno
@@ -10,15 +10,15 @@ import subprocess
 import sys
 
 import pytest
-
 import stage
-from shards import progress
-from shards.split import load_split
+
+from shards.format.split import load_split
+from shards.machine import progress
 from tests.launch import ROOT
 
 
 def run_stage(data, dest, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "slurm/stage.py", data, dest]
+    command = [sys.executable, "slurm/lib/stage.py", data, dest]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, **options)
 
@@ -97,7 +97,7 @@ def test_the_second_job_on_a_node_waits_for_the_first(data, tmp_path):
     dest.mkdir()
     with open(dest / ".lock", "w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
-        command = [sys.executable, "slurm/stage.py", data, dest]
+        command = [sys.executable, "slurm/lib/stage.py", data, dest]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as second:
             assert "another job is copying" in second.stdout.readline()

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from job import heartbeat
+from job.ranks import heartbeat
 from tests.launch import ROOT, error_lines, horovodrun, metrics, python, run
 
 SMALL = ["--recipe", "demo", "--model.width", "0.0625", "--eval-every", "0", "--log-every", "1", "--workers", "0"]
@@ -231,7 +231,9 @@ def test_a_rank_that_hangs_ends_the_job_and_is_named(demo_data, tmp_path):
         stopped = time.monotonic()
         for name, job in jobs.items():
             rank = job.ranks()[cases[name][1]]
-            target = next(p for p in rank.children() if "job.worker" in p.cmdline()) if name == "reader" else rank
+            target = (
+                next(p for p in rank.children() if "job.batches.reader" in p.cmdline()) if name == "reader" else rank
+            )
             target.suspend()
         for name, job in jobs.items():
             code = job.ended(90 - (time.monotonic() - stopped))

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards import tar
-from shards.cli import InputError
-from shards.split import format_idx, parse_idx
+from shards.errors import InputError
+from shards.format import tar
+from shards.format.split import format_idx, parse_idx
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from job.checkpoint import digest
-from shards.split import image_member, load_split, read_idx
+from job.run.checkpoint import digest
+from shards.format.split import image_member, load_split, read_idx
 from tests.launch import error_lines, horovodrun, metrics, python
 from tests.shardmaker import damage
 

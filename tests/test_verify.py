@@ -13,8 +13,8 @@ import pytest
 
 import tars
 from shards import index, verify
-from shards.cli import InputError
-from shards.split import load_labels, load_split, read_idx
+from shards.errors import InputError
+from shards.format.split import load_labels, load_split, read_idx
 
 
 def report(folder, capsys, *options, code=None) -> dict:

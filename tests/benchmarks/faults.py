@@ -54,7 +54,7 @@ def damage_newest(job: Job) -> None:
 
 
 def reader_of(job: Job):
-    return next(p for p in job.ranks()[1].children() if "job.worker" in p.cmdline())
+    return next(p for p in job.ranks()[1].children() if "job.batches.reader" in p.cmdline())
 
 
 # Name -> (what is done to a job under `horovodrun -np 2`, over Gloo).

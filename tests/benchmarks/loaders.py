@@ -21,8 +21,8 @@ import psutil
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
-from job import bench_loader  # noqa: E402
-from shards.split import load_split  # noqa: E402
+from job.bench import loader as bench_loader  # noqa: E402
+from shards.format.split import load_split  # noqa: E402
 
 BATCH, CROP = 256, 227
 

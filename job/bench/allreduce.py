@@ -1,0 +1,97 @@
+"""Latency and bus bandwidth of Horovod's allreduce by message size: the subject `allreduce` of job.bench.
+
+In: two or more ranks under horovodrun. Out: seconds and bus bandwidth from 1 KiB to 256 MiB. Bus bandwidth is
+2 (n - 1) / n times the bytes over the time: what each link of a ring carries (NVIDIA, nccl-tests, PERFORMANCE.md).
+"""
+
+import statistics
+import sys
+import time
+
+DESCRIPTION = "Latency and bus bandwidth of an allreduce among the ranks of horovodrun, by size of the message."
+
+_SECONDS = 1.0  # about so long for each size, at least _LEAST times
+_LEAST = 5
+
+
+def add_options(parser) -> None:
+    """The command line of this subject."""
+    parser.add_argument("--largest", type=int, default=256, metavar="MIB", help="largest message, in MiB")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def measure(arguments) -> dict | None:
+    """Measure on all ranks; rank 0 returns the fields of the JSON object.
+
+    Raises:
+        InputError: only one rank, or a size below 1 MiB.
+    """
+    import horovod.torch as hvd
+    import torch
+
+    from job.bench.loader import cpu_name, versions
+    from job.ranks.agree import agree
+    from shards.errors import InputError
+    from shards.machine.progress import Line
+
+    if hvd.size() < 2:
+        raise InputError("an allreduce needs ranks: horovodrun -np 2 python -m job.bench allreduce")
+    if arguments.largest < 1:
+        raise InputError(f"--largest is {arguments.largest}; it must be 1 or more")
+    device = agree(vars(arguments)).device
+    sizes = []
+    size = 1024
+    while size <= arguments.largest * 2**20:
+        sizes.append(size)
+        size *= 4
+    rows, line = [], Line(sys.stderr)
+    for number, size in enumerate(sizes, 1):
+        if hvd.rank() == 0:
+            line.show(f"allreduce of {size_text(size)}, size {number} of {len(sizes)}")
+        values = torch.ones(size // 4, device=device)
+        name = f"bench_{size}"
+
+        def once(values=values, name=name) -> float:
+            began = time.perf_counter()
+            hvd.allreduce_(values, op=hvd.Average, name=name)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            return time.perf_counter() - began
+
+        once(), once()  # buffers, and Horovod's response cache
+        # All ranks make the same number of repetitions: that of rank 0.
+        count = hvd.broadcast_object(max(_LEAST, min(1000, int(_SECONDS / once()))), name=f"count_{size}")
+        seconds = statistics.median(once() for _ in range(count))
+        rows.append(
+            {
+                "bytes": size,
+                "seconds": seconds,
+                "bus_bandwidth": 2 * (hvd.size() - 1) / hvd.size() * size / seconds,
+                "repetitions": count,
+            }
+        )
+    line.clear()
+    if hvd.rank():
+        return None
+    return {
+        "subject": "allreduce",
+        "ranks": hvd.size(),
+        "bus_bandwidth": rows,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "versions": versions(),
+    }
+
+
+def size_text(size: int) -> str:
+    """16 KiB, 4 MiB."""
+    return f"{size // 2**10} KiB" if size < 2**20 else f"{size // 2**20} MiB"
+
+
+def text(result: dict) -> str:
+    """The result for a reader."""
+    lines = [f"{result['ranks']} ranks, {result['device']}", f"{'size':>10}  {'time':>12}  {'bus bandwidth':>14}"]
+    for row in result["bus_bandwidth"]:
+        lines.append(
+            f"{size_text(row['bytes']):>10}  {row['seconds'] * 1e3:>9.3f} ms  {row['bus_bandwidth'] / 1e9:>9.3f} GB/s"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,606 @@
+"""AlexNet's forward and backward pass at the speed of the GPU: convolutions and matrix products by cuDNN and cuBLAS on
+the layouts they are fastest with, and everything between them fused into the Triton kernels of job.fast.kernels.
+
+In: the network of job.network.alexnet, a batch of uint8 crops. Out: the loss, and the gradients of the network's
+parameters, as autograd would give them (its plain twin, to which tests compare it). The ideas, measured in
+PERFORMANCE.md:
+- conv1 as a 3x3 convolution over 4x4 blocks of pixels (48 channels): tensor cores need many channels;
+- a grouped convolution as one convolution a group, on tensors that the kernels before have written apart;
+- bias, ReLU, pool and LRN in one pass over rows of channels; backward, a pool reads and never adds atomically;
+- fc6 to fc8 (96 % of the parameters) in bf16 copies that the update writes, so that a step casts nothing;
+- the whole step in two CUDA graphs: the gradients of fc6 to fc8 can be on the wire while the second runs.
+"""
+
+import torch
+from torch import Tensor
+
+from job.network.alexnet import LRN_ALPHA, LRN_BETA, LRN_K, AlexNet
+from job.network.sgd import aligned
+from shards.machine.caches import triton_lacks
+
+_LRN = dict(LRN_K=LRN_K, LRN_ALPHA=LRN_ALPHA, LRN_BETA=LRN_BETA)
+_TILE = 2048  # elements a Triton program holds at once
+_SQUARE_TILE = 1024  # the same where a row stands for a square of four pixels
+_IMAGE_PROGRAMS = 4  # programs an image in kernels that also sum gradients of biases
+_REDUCE_ROWS = 256  # rows of a program of relu_backward
+_BLOCK = 4  # pixels of a side of conv1's blocks: its stride
+
+
+def unsupported(device: torch.device) -> str:
+    """Why the fast path cannot run on a device; empty: it can. Nothing is launched to find out."""
+    if device.type != "cuda":
+        return "it needs a CUDA GPU"
+    if torch.version.hip:
+        return "it is made for NVIDIA's GPUs"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has no bf16 tensor cores (compute capability 8.0)"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); pip install triton"
+    return triton_lacks()
+
+
+def blocks_of(image_size: int) -> int:
+    """Blocks of 4 x 4 pixels along a side that conv1 reads: 57 at 227."""
+    return (image_size - 11) // 4 + 3
+
+
+class Network:
+    """Forward and backward pass of one network on batches of one size.
+
+    Parameters that change otherwise than by `job.network.sgd.FusedSGD` must be copied anew into `copies`.
+
+    Args:
+        model: its parameters are read, and get gradients (float32, contiguous) that stay where they are.
+        batch: images a step.
+        dtype: type of activations and of what the matrix units read: bfloat16 or float32.
+        graphs: record the pass as CUDA graphs; only on CUDA.
+
+    Attributes:
+        images: (batch, B, B, 48) of `dtype`, to be filled before `head`: blocks of 4 x 4 pixels. See `prepare`.
+        labels: int64 (batch,), likewise.
+        loss: float32 scalar, the mean over the batch, after `head`.
+        copies: parameter -> its copy in `dtype`, for fc6 to fc8; empty in float32.
+        head_gradients, tail_gradients: float32, one axis: the memory of all gradients that `head`, and `tail`, makes.
+    """
+
+    def __init__(self, model: AlexNet, batch: int, dtype: torch.dtype, graphs: bool = True):
+        weight = model.conv1.weight
+        device = weight.device
+        self.model, self.batch, self.dtype = model, batch, dtype
+        side = blocks_of(model.image_size)
+        self.images = torch.zeros(batch, side, side, 48, device=device, dtype=dtype)
+        self.labels = torch.zeros(batch, device=device, dtype=torch.int64)
+        self.seed = torch.zeros(1, device=device, dtype=torch.int64)
+        head = [p for name in ("fc8", "fc7", "fc6") for p in getattr(model, name).parameters()]
+        own = set(map(id, head))
+        self.head_gradients = _one_gradient(head)
+        self.tail_gradients = _one_gradient([p for p in reversed(list(model.parameters())) if id(p) not in own])
+        self.copies: dict[torch.nn.Parameter, Tensor] = {}
+        if dtype != torch.float32:
+            for parameter in (model.fc6.weight, model.fc7.weight, model.fc8.weight):
+                self.copies[parameter] = torch.empty_like(parameter, dtype=dtype)
+        # Filters as the convolutions read them: rows of input channels. Written at the start of each pass.
+        self._layers = model.conv2, model.conv3, model.conv4, model.conv5
+        self._filters = [
+            torch.empty_like(layer.weight, dtype=dtype, memory_format=torch.channels_last) for layer in self._layers
+        ]
+        self._filter1 = torch.empty(weight.shape[0], 3, 3, 48, device=device, dtype=dtype)
+        self._padded1 = torch.zeros(weight.shape[0], 3, 12, 12, device=device)
+        for parameter, copy in self.copies.items():
+            copy.copy_(parameter.detach())
+        self._norms: dict[str, _BatchNorm] = {}
+        if model.conv1.bias is None:
+            half = model.conv4.weight.shape[0] // 2
+            parts = {"1": slice(None), "2": slice(None), "3": slice(None), "5": slice(None)}
+            self._norms = {name: _BatchNorm(getattr(model, f"norm{name}"), part) for name, part in parts.items()}
+            self._norms["4a"] = _BatchNorm(model.norm4, slice(0, half))
+            self._norms["4b"] = _BatchNorm(model.norm4, slice(half, None))
+        self._graphs: tuple | None = None
+        if graphs and device.type == "cuda":
+            self._record()
+
+    def prepare(self, images: Tensor, offsets: Tensor, mirror: Tensor, mean: Tensor | None) -> Tensor:
+        """`job.batches.device.prepare` into `self.images`. images: uint8 (batch, crop, crop, 3)."""
+        from job.fast.kernels import prepare_blocks
+
+        height, width = (0, 0) if mean is None else mean.shape[:2]
+        blocks = self.images.shape[1]
+        prepare_blocks[(blocks, self.batch)](
+            images, offsets, mirror.view(torch.uint8), images if mean is None else mean, self.images, height, width,
+            CROP=images.shape[1], BLOCKS=blocks, SIZE=_power_of_two(12 * blocks),
+            MEAN=0 if mean is None else 1 if (height, width) == (1, 1) else 2,
+        )  # fmt: skip
+        return self.images
+
+    # The two halves of a step.
+
+    def head(self) -> None:
+        """Forward pass, loss, gradients of fc6 to fc8."""
+        if self._graphs:
+            self._graphs[0].replay()
+        else:
+            self._head()
+
+    def tail(self) -> None:
+        """Gradients of the convolutions."""
+        if self._graphs:
+            self._graphs[1].replay()
+        else:
+            self._tail()
+
+    def _record(self) -> None:
+        """Record both halves as graphs that share their memory."""
+        before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        stream = torch.cuda.Stream(self.images.device)
+        stream.wait_stream(torch.cuda.current_stream(self.images.device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles kernels, lets cuDNN choose
+                self._head()
+                self._tail()
+        torch.cuda.current_stream(self.images.device).wait_stream(stream)
+        torch.cuda.synchronize(self.images.device)
+        head, tail = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # thread_local: Horovod's thread may use CUDA meanwhile.
+        with torch.cuda.graph(head, capture_error_mode="thread_local"):
+            self._head()
+        with torch.cuda.graph(tail, pool=head.pool(), capture_error_mode="thread_local"):
+            self._tail()
+        self._graphs = head, tail
+        for buffer, value in before:  # what batch normalisation saw while warming up was no batch
+            buffer.copy_(value)
+
+    @torch.no_grad()
+    def _head(self) -> None:
+        model = self.model
+        # Filters.
+        self._padded1[:, :, :11, :11] = model.conv1.weight
+        out = self._filter1.shape[0]
+        self._filter1.view(out, 3, 3, 4, 4, 3).permute(0, 5, 1, 3, 2, 4).copy_(self._padded1.view(out, 3, 3, 4, 3, 4))
+        for filters, layer in zip(self._filters, self._layers, strict=True):
+            filters.copy_(layer.weight)
+        f2, f3, f4, f5 = self._filters
+
+        # Convolutions. Each name that ends in `s` is a list of two tensors: the groups' halves of the channels.
+        x0 = self.images.permute(0, 3, 1, 2)
+        z1 = _convolution(x0, self._filter1.permute(0, 3, 1, 2), 0)  # (N, 96, 55, 55)
+        x1s, kept1 = self._pool_and_normalise([z1], "1", split=True)  # (N, 48, 27, 27) each
+        z2s = [_convolution(x, f, 2) for x, f in zip(x1s, f2.chunk(2), strict=True)]
+        x2s, kept2 = self._pool_and_normalise(z2s, "2", split=False)  # (N, 256, 13, 13)
+        z3 = _convolution(x2s[0], f3, 1)  # (N, 384, 13, 13)
+        x3s = self._bias_relu(z3, "3", split=True)
+        z4s = x4s = None
+        if self._norms:
+            z4s = [_convolution(x, f, 1) for x, f in zip(x3s, f4.chunk(2), strict=True)]
+            x4s = [self._bias_relu(z, name)[0] for z, name in zip(z4s, ("4a", "4b"), strict=True)]
+        else:
+            biases4 = model.conv4.bias.to(self.dtype).chunk(2)
+            x4s = [_convolution_relu(x, f, b, 1) for x, f, b in zip(x3s, f4.chunk(2), biases4, strict=True)]
+        z5s = [_convolution(x, f, 1) for x, f in zip(x4s, f5.chunk(2), strict=True)]
+        pooled5, kept5 = self._pool_last(z5s)  # (N, 9216)
+        features, norm6 = self._normalise_features(pooled5)
+        self._saved = x0, x1s, kept1, x2s[0], kept2, z3, x3s, z4s, x4s, kept5, pooled5, norm6
+
+        # Classifier, and back.
+        w6, w7, w8 = (self.copies.get(w, w.detach()) for w in (model.fc6.weight, model.fc7.weight, model.fc8.weight))
+        h6 = torch.mm(features, w6.t())
+        self._bias_relu_drop(h6, model.fc6.bias, 0)
+        h7 = torch.mm(h6, w7.t())
+        self._bias_relu_drop(h7, model.fc7.bias, 1)
+        logits = torch.mm(h7, w8.t())
+        self.loss = self._cross_entropy(logits, model.fc8.bias)
+        d8 = logits  # its memory now holds the gradient
+        torch.sum(d8, 0, dtype=torch.float32, out=model.fc8.bias.grad)
+        _weight_gradient(d8, h7, model.fc8.weight.grad)
+        d7 = torch.mm(d8, w8)
+        self._relu_backward([d7], [h7], d7, model.fc7.bias.grad, dropped=True)
+        _weight_gradient(d7, h6, model.fc7.weight.grad)
+        d6 = torch.mm(d7, w7)
+        self._relu_backward([d6], [h6], d6, model.fc6.bias.grad, dropped=True)
+        _weight_gradient(d6, features, model.fc6.weight.grad)
+        self._d_features = torch.mm(d6, w6)
+
+    @torch.no_grad()
+    def _tail(self) -> None:
+        model = self.model
+        x0, x1s, kept1, x2, kept2, z3, x3s, z4s, x4s, kept5, pooled5, norm6 = self._saved
+        f2, f3, f4, f5 = self._filters
+        d_pooled5 = self._normalise_features_backward(self._d_features, pooled5, norm6)
+        d5s = self._pool_last_backward(d_pooled5, kept5)
+        d4s = _convolutions_backward(d5s, x4s, f5, 1, model.conv5.weight.grad)
+        if self._norms:
+            for d, x, z, name in zip(d4s, x4s, z4s, ("4a", "4b"), strict=True):
+                self._relu_backward([_rows(d)], [_rows(x)], _rows(d), normalised=(self._norms[name], _rows(z)))
+        else:
+            for d, x, bias in zip(d4s, x4s, model.conv4.bias.grad.chunk(2), strict=True):
+                self._relu_backward([_rows(d)], [_rows(x)], _rows(d), bias)
+        d3s = _convolutions_backward(d4s, x3s, f4, 1, model.conv4.weight.grad)
+        d3 = torch.empty(*_rows(x2).shape[:3], 2 * x3s[0].shape[1], device=x2.device, dtype=self.dtype)
+        if self._norms:
+            normalised = self._norms["3"], _rows(z3)
+            self._relu_backward([_rows(d) for d in d3s], [_rows(x) for x in x3s], d3, normalised=normalised)
+        else:
+            self._relu_backward([_rows(d) for d in d3s], [_rows(x) for x in x3s], d3, model.conv3.bias.grad)
+        (d2,) = _convolutions_backward([d3.permute(0, 3, 1, 2)], [x2], f3, 1, model.conv3.weight.grad)
+        d2s = self._pool_and_normalise_backward([d2], kept2, "2", split=True)
+        d1s = _convolutions_backward(d2s, x1s, f2, 2, model.conv2.weight.grad)
+        (d1,) = self._pool_and_normalise_backward(d1s, kept1, "1", split=False)
+        filter1 = self._filter1.permute(0, 3, 1, 2)
+        _, gradient, _ = _backward(d1, x0, filter1, 0, needs_input=False)
+        out = gradient.shape[0]
+        gradient = gradient.permute(0, 2, 3, 1).reshape(out, 3, 3, 4, 4, 3).permute(0, 5, 1, 3, 2, 4)
+        model.conv1.weight.grad.copy_(gradient.reshape(out, 3, 12, 12)[:, :, :11, :11])
+
+    # What lies between the convolutions. Activations in memory: (N, H, W, C).
+
+    def _new(self, n: int, height: int, width: int, channels: int) -> Tensor:
+        """An activation (N, C, H, W) whose memory has the channels last."""
+        return torch.empty(n, height, width, channels, device=self.images.device, dtype=self.dtype).permute(0, 3, 1, 2)
+
+    def _before_relu(self, zs: list[Tensor], name: str) -> tuple[Tensor, Tensor]:
+        """Factor (void without batch normalisation) and summand of each channel between a convolution and its ReLU."""
+        if name in self._norms:
+            return self._norms[name].measure(zs)
+        bias = getattr(self.model, f"conv{name}").bias.detach()
+        return bias, bias
+
+    def _pool_and_normalise(self, zs: list[Tensor], name: str, split: bool) -> tuple[list[Tensor], tuple]:
+        """Bias, ReLU, max-pool, and LRN if any: outputs (two where `split`), and what the backward pass needs."""
+        from job.fast.kernels import lrn_forward, pool_forward
+
+        n, _, height, width = zs[0].shape
+        channels = sum(z.shape[1] for z in zs)
+        rows, block = _tile(channels)
+        before, after = self.model.lrn_place == "before-pool", self.model.lrn_place == "after-pool"
+        affine = name in self._norms
+        scale, bias = self._before_relu(zs, name)
+        pooled = _pooled(height), _pooled(width)
+        parts = 2 if split else 1
+        outs = [self._new(n, *pooled, channels // parts) for _ in range(parts)]
+        index = torch.empty(n, *pooled, channels, device=bias.device, dtype=torch.uint8)
+        source = zs
+        if before:
+            normalised = self._new(n, height, width, channels)
+            lrn_forward[(-(-n * height * width // rows),)](
+                zs[0], zs[-1], scale, bias, normalised, n * height * width,
+                C=channels, AFFINE=affine, SPLIT_IN=len(zs) == 2, **_LRN, R=rows, CB=block,
+            )  # fmt: skip
+            source = [normalised]
+        pool_affine = affine and not before  # after LRN, the pool has nothing of the normalisation left to do
+        kept = self._new(n, *pooled, channels) if after or pool_affine else outs[0]
+        pool_forward[(-(-pooled[0] * pooled[1] // rows), n)](
+            source[0], source[-1], scale, bias, kept, index, outs[0], outs[-1],
+            H=height, W=width, C=channels, RELU=not before, AFFINE=pool_affine, LRN=after, PLANES=False,
+            SPLIT_IN=len(source) == 2, SPLIT_OUT=split, **_LRN, R=rows, CB=block,
+        )  # fmt: skip
+        if self.model.lrn_place == "none" and not affine and split:
+            kept = torch.cat(outs, 1)
+        return outs, (zs, kept, index, scale, bias)
+
+    def _pool_and_normalise_backward(self, ds: list[Tensor], saved: tuple, name: str, split: bool) -> list[Tensor]:
+        """Gradients of what the convolution gave (two where `split`), from those of the outputs `ds`."""
+        from job.fast.kernels import unpool_lrn
+
+        zs, kept, index, scale, bias = saved
+        n, _, height, width = zs[0].shape
+        channels = index.shape[-1]
+        parts = 2 if split else 1
+        outs = [self._new(n, height, width, channels // parts) for _ in range(parts)]
+        ds = [_channels_last(d) for d in ds]
+        if self.model.lrn_place != "before-pool":
+            self._unpool(self._pooled_backward(ds, kept, index, scale, bias, name), index, zs, outs, name)
+            return outs
+        norm = self._norms.get(name)
+        partial = torch.empty(2 if norm else 1, n * _IMAGE_PROGRAMS, channels, device=bias.device)
+        rows, block = _tile(channels, elements=_SQUARE_TILE)
+        unpool_lrn[(_IMAGE_PROGRAMS, n)](
+            ds[0], ds[-1], index, zs[0], zs[-1], scale, bias, outs[0], outs[-1], partial,
+            H=height, W=width, C=channels, AFFINE=norm is not None, SPLIT_D=len(ds) == 2, SPLIT=split, **_LRN,
+            T=_IMAGE_PROGRAMS, R=rows, CB=block,
+        )  # fmt: skip
+        if norm:
+            norm.backward(partial)
+            for out, z, slopes in zip(outs, zs, norm.slopes.chunk(parts, 1), strict=True):
+                _scale_gradient(_rows(out), _rows(z), slopes.contiguous())
+        else:
+            torch.sum(partial[0], 0, out=getattr(self.model, f"conv{name}").bias.grad)
+        return outs
+
+    def _pooled_backward(
+        self, ds: list[Tensor], kept: Tensor, index: Tensor, scale: Tensor, bias: Tensor, name: str, planes=False
+    ) -> Tensor:
+        """Gradients at the maxima, (N, PH, PW, C), through ReLU and LRN if any; and that of the bias."""
+        from job.fast.kernels import pooled_backward
+
+        n, height, width, channels = index.shape
+        rows, block = _tile(channels)
+        norm = self._norms.get(name)
+        partial = torch.empty(2 if norm else 1, n * _IMAGE_PROGRAMS, channels, device=bias.device)
+        at_maxima = torch.empty_like(index, dtype=self.dtype)
+        pooled_backward[(_IMAGE_PROGRAMS, n)](
+            ds[0], ds[-1], kept, scale, bias, at_maxima, partial,
+            P=height * width, C=channels, LRN=self.model.lrn_place == "after-pool" and not planes,
+            AFFINE=norm is not None, PLANES=planes, SPLIT=len(ds) == 2, **_LRN, T=_IMAGE_PROGRAMS, R=rows, CB=block,
+        )  # fmt: skip
+        if norm:
+            norm.backward(partial)
+        else:
+            torch.sum(partial[0], 0, out=getattr(self.model, f"conv{name}").bias.grad)
+        return at_maxima
+
+    def _unpool(self, at_maxima: Tensor, index: Tensor, zs: list[Tensor], outs: list[Tensor], name: str) -> None:
+        """Backward of max-pooling, (N, PH, PW, C) gradients and places of the maxima, into one or two tensors."""
+        from job.fast.kernels import unpool
+
+        n, _, _, channels = index.shape
+        height, width = outs[0].shape[2:]
+        rows, block = _tile(channels, elements=_SQUARE_TILE)
+        norm = self._norms.get(name)
+        squares = -(-height // 2) * -(-width // 2)
+        unpool[(-(-squares // rows), n)](
+            at_maxima, index, zs[0], zs[-1], norm.slopes if norm else at_maxima, outs[0], outs[-1],
+            H=height, W=width, C=channels, SPLIT=len(outs) == 2, AFFINE=norm is not None, R=rows, CB=block,
+        )  # fmt: skip
+
+    def _pool_last(self, zs: list[Tensor]) -> tuple[Tensor, tuple]:
+        """Bias, ReLU and max-pool of the last convolution: features (N, C * H * W) in planes, as fc6 reads them."""
+        from job.fast.kernels import pool_forward
+
+        n, half, height, width = zs[0].shape
+        channels = 2 * half
+        rows, block = _tile(channels)
+        affine = "5" in self._norms
+        scale, bias = self._before_relu(zs, "5")
+        pooled = _pooled(height), _pooled(width)
+        features = torch.empty(n, channels * pooled[0] * pooled[1], device=bias.device, dtype=self.dtype)
+        index = torch.empty(n, *pooled, channels, device=bias.device, dtype=torch.uint8)
+        kept = torch.empty_like(index, dtype=self.dtype) if affine else features
+        pool_forward[(-(-pooled[0] * pooled[1] // rows), n)](
+            zs[0], zs[1], scale, bias, kept, index, features, features,
+            H=height, W=width, C=channels, RELU=True, AFFINE=affine, LRN=False, PLANES=True,
+            SPLIT_IN=True, SPLIT_OUT=False, **_LRN, R=rows, CB=block,
+        )  # fmt: skip
+        return features, (zs, kept, index, scale, bias)
+
+    def _pool_last_backward(self, d: Tensor, saved: tuple) -> list[Tensor]:
+        zs, kept, index, scale, bias = saved
+        outs = [self._new(*[zs[0].shape[i] for i in (0, 2, 3, 1)]) for _ in range(2)]
+        self._unpool(self._pooled_backward([d], kept, index, scale, bias, "5", planes=True), index, zs, outs, "5")
+        return outs
+
+    def _normalise_features(self, x: Tensor) -> tuple[Tensor, tuple]:
+        """Batch normalisation behind the last pool, where the network has it. (N, C * H * W) in planes."""
+        if not self._norms:
+            return x, ()
+        norm = self.model.norm6
+        norm.num_batches_tracked += 1
+        out, mean, inverse = torch.native_batch_norm(
+            x.view(len(x), norm.num_features, -1), norm.weight, norm.bias, norm.running_mean, norm.running_var,
+            True, norm.momentum, norm.eps,
+        )  # fmt: skip
+        return out.view_as(x), (mean, inverse)
+
+    def _normalise_features_backward(self, d: Tensor, x: Tensor, saved: tuple) -> Tensor:
+        if not self._norms:
+            return d
+        norm, (mean, inverse) = self.model.norm6, saved
+        shape = len(x), norm.num_features, -1
+        d_x, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+            d.view(shape), x.view(shape), norm.weight, norm.running_mean, norm.running_var, mean, inverse,
+            True, norm.eps, [True, True, True],
+        )  # fmt: skip
+        norm.weight.grad.copy_(d_weight)
+        norm.bias.grad.copy_(d_bias)
+        return d_x.view_as(x)
+
+    def _bias_relu(self, z: Tensor, name: str, split: bool = False) -> list[Tensor]:
+        """ReLU of what a convolution gave, (N, C, H, W), behind its bias or normalisation; two halves where `split`."""
+        from job.fast.kernels import bias_relu
+
+        n, channels, height, width = z.shape
+        parts = 2 if split else 1
+        outs = [self._new(n, height, width, channels // parts) for _ in range(parts)]
+        rows, block = _tile(channels, most=512)
+        scale, bias = self._before_relu([z], name)
+        bias_relu[(-(-n * height * width // rows), -(-channels // block))](
+            z, scale, bias, outs[0], outs[-1], self.seed, n * height * width,
+            C=channels, SPLIT=split, DROP=0.0, AFFINE=name in self._norms, LAYER=0, R=rows, CB=block,
+        )  # fmt: skip
+        return outs
+
+    def _bias_relu_drop(self, z: Tensor, bias: Tensor, layer: int) -> None:
+        """ReLU of z + bias and dropout, (N, C), in place."""
+        from job.fast.kernels import bias_relu
+
+        n, channels = z.shape
+        rows, block = _tile(channels, most=512)
+        bias_relu[(-(-n // rows), -(-channels // block))](
+            z, bias, bias, z, z, self.seed, n,
+            C=channels, SPLIT=False, DROP=self.model.dropout, AFFINE=False, LAYER=layer, R=rows, CB=block,
+        )  # fmt: skip
+
+    def _relu_backward(
+        self,
+        ds: list[Tensor],
+        ys: list[Tensor],
+        out: Tensor,
+        bias_gradient: Tensor | None = None,
+        dropped: bool = False,
+        normalised: tuple | None = None,
+    ) -> None:
+        """Gradient of ReLU's input into `out`, and its sum over rows into `bias_gradient`. Tensors (..., C).
+
+        normalised: the batch normalisation before ReLU and its input; then `out` is the gradient of that input.
+        """
+        from job.fast.kernels import relu_backward
+
+        channels = out.shape[-1]
+        total = out.numel() // channels
+        rows, block = _tile(channels, most=128)
+        steps, programs = _reduction(total, rows)
+        norm, z = normalised or (None, out)
+        partial = torch.empty(2 if norm else 1, programs, channels, device=out.device)
+        relu_backward[(programs, -(-channels // block))](
+            ds[0], ds[-1], ys[0], ys[-1], z, out, partial, total,
+            C=channels, SPLIT=len(ds) == 2, AFFINE=norm is not None,
+            SCALE=1 / (1 - self.model.dropout) if dropped else 1.0, STEPS=steps, R=rows, CB=block,
+        )  # fmt: skip
+        if norm is None:
+            torch.sum(partial[0], 0, out=bias_gradient)
+            return
+        norm.backward(partial)
+        _scale_gradient(out, z, norm.slopes)
+
+    def _cross_entropy(self, logits: Tensor, bias: Tensor) -> Tensor:
+        """Mean loss of a batch, (N, classes) logits without their bias; their memory gets the gradient."""
+        from job.fast.kernels import cross_entropy
+
+        n, classes = logits.shape
+        losses = torch.empty(n, device=logits.device)
+        cross_entropy[(n,)](
+            logits, bias, self.labels, losses, logits, n, C=classes, CB=_power_of_two(classes), num_warps=4
+        )
+        return losses.mean()
+
+
+def _one_gradient(parameters: list[torch.nn.Parameter]) -> Tensor:
+    """Give parameters gradients that lie one behind the other: they travel as one message, which nobody copies."""
+    sizes = [aligned(p.numel()) for p in parameters]
+    flat = torch.zeros(sum(sizes), device=parameters[0].device)
+    for parameter, part in zip(parameters, flat.split(sizes), strict=True):
+        parameter.grad = part[: parameter.numel()].view(parameter.shape)
+    return flat
+
+
+class _BatchNorm:
+    """Batch normalisation of what a convolution gave, or of a part of its channels, in training.
+
+    Attributes:
+        slopes: float32 (3, C), after `backward`: the input's gradient is slopes[0] d + slopes[1] + slopes[2] z.
+    """
+
+    def __init__(self, norm: torch.nn.BatchNorm2d, part: slice):
+        self._norm, self._first = norm, not part.start
+        self._weight, self._bias = norm.weight.detach()[part], norm.bias.detach()[part]
+        self._weight_gradient, self._bias_gradient = norm.weight.grad[part], norm.bias.grad[part]
+        self._running = norm.running_mean[part], norm.running_var[part]
+        channels, device = len(self._weight), self._weight.device
+        self._factors = torch.zeros(4, channels, device=device)
+        self.slopes = torch.zeros(3, channels, device=device)
+        self._count = 0
+
+    def measure(self, zs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean and variance of a batch, (N, C, H, W) in one or two tensors; how to normalise it: factor and summand."""
+        from job.fast.kernels import batch_norm_forward, column_sums
+
+        n, _, height, width = zs[0].shape
+        channels = len(self._weight)
+        self._count = n * height * width
+        rows, block = _tile(channels)
+        steps, programs = _reduction(self._count, rows)
+        partial = torch.empty(2, programs, channels, device=self._weight.device)
+        column_sums[(programs, 1)](
+            zs[0], zs[-1], partial, self._count, C=channels, SPLIT=len(zs) == 2, STEPS=steps, R=rows, CB=block
+        )
+        batch_norm_forward[(1,)](
+            partial.sum(1, dtype=torch.float64), self._weight, self._bias, *self._running, self._factors, self._count,
+            EPS=self._norm.eps, MOMENTUM=self._norm.momentum, C=channels, CB=block,
+        )  # fmt: skip
+        if self._first:
+            self._norm.num_batches_tracked += 1
+        return self._factors[0], self._factors[1]
+
+    def backward(self, partial: Tensor) -> None:
+        """Gradients of weight and bias, and `slopes`, from (2, ., C): parts of the sums of d and of d times z."""
+        from job.fast.kernels import batch_norm_backward
+
+        channels = len(self._weight)
+        batch_norm_backward[(1,)](
+            partial.sum(1, dtype=torch.float64), self._factors, self._weight_gradient, self._bias_gradient,
+            self.slopes, self._count, C=channels, CB=_power_of_two(channels),
+        )  # fmt: skip
+
+
+def _scale_gradient(d: Tensor, z: Tensor, slopes: Tensor) -> None:
+    """Gradient of a batch normalisation's output, (..., C), into that of its input `z`, in place."""
+    from job.fast.kernels import scale_gradient
+
+    channels = d.shape[-1]
+    total = d.numel() // channels
+    rows, block = _tile(channels, most=512)
+    scale_gradient[(-(-total // rows), -(-channels // block))](d, z, slopes, total, C=channels, R=rows, CB=block)
+
+
+def _reduction(total: int, rows: int) -> tuple[int, int]:
+    """Blocks of `rows` a program, and programs, where programs sum over `total` rows."""
+    steps = max(1, _REDUCE_ROWS // rows)
+    return steps, -(-total // (rows * steps))
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is n or more."""
+    return 1 << (n - 1).bit_length()
+
+
+def _tile(channels: int, most: int = 1 << 20, elements: int = _TILE) -> tuple[int, int]:
+    """Rows and columns of a program's tile for rows of `channels`; columns: all, or `most`."""
+    block = min(_power_of_two(channels), most)
+    return max(1, elements // block), block
+
+
+def _pooled(size: int) -> int:
+    return (size - 3) // 2 + 1
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, C, H, W) with channels last in memory, as the contiguous (N, H, W, C)."""
+    return _channels_last(x).permute(0, 2, 3, 1)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _convolution(x: Tensor, filters: Tensor, padding: int) -> Tensor:
+    """Convolution without bias, stride 1."""
+    one = [1, 1]
+    z = torch.ops.aten.convolution(x, filters, None, one, [padding] * 2, one, False, [0, 0], 1)
+    return _channels_last(z)
+
+
+def _convolution_relu(x: Tensor, filters: Tensor, bias: Tensor, padding: int) -> Tensor:
+    """ReLU(convolution + bias) in one kernel of cuDNN."""
+    if not x.is_cuda:
+        return _channels_last(torch.relu(torch.conv2d(x, filters, bias, padding=padding)))
+    one = [1, 1]
+    return _channels_last(torch.cudnn_convolution_relu(x, filters, bias, one, [padding] * 2, one, 1))
+
+
+def _backward(d: Tensor, x: Tensor, filters: Tensor, padding: int, needs_input: bool = True) -> tuple:
+    one = [1, 1]
+    wanted = [needs_input, True, False]
+    return torch.ops.aten.convolution_backward(d, x, filters, None, one, [padding] * 2, one, False, [0, 0], 1, wanted)
+
+
+def _convolutions_backward(
+    ds: list[Tensor], xs: list[Tensor], filters: Tensor, padding: int, gradient: Tensor
+) -> list[Tensor]:
+    """Gradients of each group's input; those of the filters go into `gradient`."""
+    inputs = []
+    parts = zip(ds, xs, filters.chunk(len(ds)), gradient.chunk(len(ds)), strict=True)
+    for d, x, part, part_gradient in parts:
+        d_input, d_filters, _ = _backward(d, x, part, padding)
+        part_gradient.copy_(d_filters)
+        inputs.append(d_input)
+    return inputs
+
+
+def _weight_gradient(d: Tensor, x: Tensor, out: Tensor) -> None:
+    """d^T x into `out`, float32, with sums in float32 where the GPU does that."""
+    if d.dtype == torch.float32:
+        torch.mm(d.t(), x, out=out)
+    elif d.is_cuda:
+        torch.ops.aten.mm.dtype_out(d.t(), x, torch.float32, out=out)
+    else:
+        out.copy_(torch.mm(d.t(), x))

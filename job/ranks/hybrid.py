@@ -1,0 +1,151 @@
+"""Hybrid parallelism: convolutions data-parallel, fc6 to fc8 model-parallel.
+
+96 % of the parameters are in fc6 to fc8: their gradients need no allreduce then. Krizhevsky, "One weird trick for
+parallelizing convolutional neural networks" (arXiv:1404.5997), scheme (a). Each rank has its images through the
+convolutions; then all ranks gather the features of the global batch, and each computes its part of the outputs of fc6,
+fc7 and fc8 for all images. In: as of job.ranks.average and job.run.step. Out: the same losses and updates as those of
+`gradients`, up to rounding; with dropout too, the same on any number of ranks.
+
+Bytes a rank sends a step, n ranks, B images in all, in float32, by ring: 2 (n-1)/n times 9 MB of gradients of the
+convolutions, and 4 (n-1)/n B (2 (9216 + 4096 + 4096) + 1000); `gradients` sends 2 (n-1)/n times 244 MB. They are equal
+at a global batch of about 3,300: below it, hybrid sends less.
+"""
+
+import horovod.torch as hvd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from job.batches.device import prepare
+from job.config import Config
+from job.network.alexnet import AlexNet
+from job.network.sgd import MomentumSGD
+from job.ranks.average import Alone, average_statistics
+
+
+def part(size: int, rank: int, ranks: int) -> slice:
+    """Rows of `size` that a rank has: as even as can be, the first ranks have one more."""
+    each, more = divmod(size, ranks)
+    start = rank * each + min(rank, more)
+    return slice(start, start + each + (rank < more))
+
+
+def gather(x: Tensor, name: str) -> Tensor:
+    """All ranks' rows (axis 0), in the order of the ranks."""
+    # Horovod has no bfloat16.
+    return hvd.allgather(x.detach().float().contiguous(), name=f"hybrid.{name}").to(x.dtype)
+
+
+def sum_and_scatter(x: Tensor, name: str) -> Tensor:
+    """Sum over the ranks, of which each gets its `part` of the rows."""
+    return hvd.reducescatter(x.float().contiguous(), op=hvd.Sum, name=f"hybrid.{name}.gradient").to(x.dtype)
+
+
+class GatherRows(torch.autograd.Function):
+    """Rows of all ranks, of which each computes something else: backward, what they ask of a row adds up."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return gather(x, name)
+
+    @staticmethod
+    def backward(ctx, d: Tensor) -> tuple[Tensor, None]:
+        return sum_and_scatter(d, ctx.name), None
+
+
+class GatherColumns(torch.autograd.Function):
+    """Columns of all ranks. `shared`: all compute the same from them, so that each has its whole gradient at hand."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, name: str, shared: bool) -> Tensor:
+        ctx.name, ctx.shared = name, shared
+        return gather(x.t(), name).t()
+
+    @staticmethod
+    def backward(ctx, d: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.shared:
+            return d[:, part(d.shape[1], hvd.rank(), hvd.size())], None, None
+        return sum_and_scatter(d.t(), ctx.name).t(), None, None
+
+
+class Hybrid(Alone):
+    """Strategy: gradients of convolutions are summed over the ranks, each rank updates its own rows of fc6 to fc8.
+
+    The optimizer's parameters fc6 to fc8 become views of this rank's rows; the model's other rows are stale until
+    `equalise`. Velocities likewise, so that a checkpoint holds the whole network, and any strategy can go on from it.
+    """
+
+    def __init__(self, model: AlexNet, optimizer: MomentumSGD):
+        self.optimizer, self._model = optimizer, model
+        self.rows: dict[str, nn.Parameter] = {}
+        whole = {p: name for name, p in model.named_parameters() if name.startswith("fc")}
+        for group in optimizer.param_groups:
+            group["params"] = [self._own(p, whole[p]) if p in whole else p for p in group["params"]]
+        self._convolutions = [p for p in model.parameters() if p not in whole]
+        self._whole = list(whole)
+        self._handles: list[int] = []
+
+    def _own(self, parameter: nn.Parameter, name: str) -> nn.Parameter:
+        """This rank's rows of a parameter, and of its velocity."""
+        rows = part(len(parameter), hvd.rank(), hvd.size())
+        own = nn.Parameter(parameter.data[rows])
+        self.optimizer.state[own]["velocity"] = self.optimizer.velocity(parameter)[rows]
+        self.rows[name] = own
+        return own
+
+    def backward(self, loss: Tensor) -> None:
+        super().backward(loss)
+        # Each rank has the loss of all images, and its gradient by way of its own images: they add up.
+        handle = hvd.grouped_allreduce_async_([p.grad for p in self._convolutions], op=hvd.Sum, name="convolutions")
+        self._handles.append(handle)
+
+    def communicate(self) -> None:
+        while self._handles:
+            hvd.synchronize(self._handles.pop())
+
+    @torch.no_grad()
+    def equalise(self) -> None:
+        """Give all ranks all rows of fc6 to fc8 and their velocities; average running statistics."""
+        average_statistics(self._model)
+        for number, parameter in enumerate(self._whole):
+            for kind, tensor in (("weight", parameter.data), ("velocity", self.optimizer.velocity(parameter))):
+                tensor.copy_(gather(tensor[part(len(tensor), hvd.rank(), hvd.size())], f"{kind}.{number}"))
+
+
+class HybridPass:
+    """Forward and backward pass of a rank, as of job.run.step.PlainPass."""
+
+    def __init__(self, config: Config, model: AlexNet, strategy: Hybrid, mean: Tensor | None):
+        self._config, self._model, self._strategy, self._mean = config, model, strategy, mean
+        self._device = next(model.parameters()).device
+
+    def prepare(self, images: Tensor, offsets: Tensor, mirror: Tensor) -> Tensor:
+        """uint8 crops (N, S, S, 3) as the network's input, float32 (N, 3, S, S)."""
+        return prepare(images, offsets, mirror, self._mean)
+
+    def run(self, images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        """Loss of the global batch. `seed` must be the same on all ranks."""
+        random = torch.Generator(self._device).manual_seed(seed)
+        rows, drop = self._strategy.rows, self._model.dropout
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bf16"):
+            x = GatherRows.apply(self._model.features(images), "features")  # (B, 9216): rank 0's images, rank 1's, ...
+            for name in ("fc6", "fc7"):
+                x = F.relu(F.linear(x, rows[f"{name}.weight"], rows[f"{name}.bias"]))  # (B, 4096 / ranks)
+                x = x * self._kept(random, len(x), getattr(self._model, name).out_features, drop)
+                x = GatherColumns.apply(x, name, False)
+            scores = F.linear(x, rows["fc8.weight"], rows["fc8.bias"])
+            scores = GatherColumns.apply(scores, "fc8", True)  # (B, classes)
+            loss = F.cross_entropy(scores, hvd.allgather(labels, name="hybrid.labels"))
+        self._strategy.backward(loss)
+        return loss
+
+    def _kept(self, random: torch.Generator, images: int, units: int, drop: float) -> Tensor | float:
+        """Factors of dropout for this rank's units, drawn for all units and images in the order of the global batch."""
+        if not drop:
+            return 1.0
+        ranks = hvd.size()
+        kept = torch.rand(images // ranks, ranks, units, generator=random, device=self._device) >= drop
+        # Image i of rank r is number i * ranks + r of the global batch; here rank 0's come first.
+        kept = kept.transpose(0, 1).reshape(images, units)
+        return kept[:, part(units, hvd.rank(), ranks)] / (1 - drop)

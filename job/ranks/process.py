@@ -1,0 +1,206 @@
+"""This process among its ranks: what it shares with the others, how it is stopped, and how it leaves.
+
+In: Horovod, initialised. Out: small sums over ranks that cost no waiting, exit codes of the job.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from shards.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    InputError,
+    drop_output,
+    launched_rank,
+    lone_process,
+)
+from shards.machine.progress import on_terminal
+
+try:
+    import horovod.torch as hvd
+    import torch
+    from horovod.common.exceptions import HorovodInternalError
+
+    from job.ranks import heartbeat
+except ImportError as error:
+    reason = str(error).splitlines()[0]
+    raise InputError(f"cannot load Horovod and torch ({reason}); bash slurm/install.sh sets them up") from None
+
+# Seconds that a rank which lost the others waits for its launcher to end it, before it speaks up itself.
+LAUNCHER_GRACE = 15
+# Of these, the first pass in silence: mostly the launcher acts at once.
+QUIET_SECONDS = 2
+
+
+class Stopped(Exception):
+    """Training was asked to stop; the checkpoint is written."""
+
+
+class Failed(Exception):
+    """The run cannot go on, or has not kept all that it should have; the message says what the user must know."""
+
+
+class StepReports:
+    """A few numbers of every step, averaged over the ranks one step late, so that no rank waits for them.
+
+    All ranks get the same average for the same step: what they decide by it (to stop, to give up) they decide together.
+    """
+
+    def __init__(self) -> None:
+        self._handle: int | None = None
+        self._tag: Any = None
+
+    def exchange(self, tag: Any, values: list[float]) -> tuple[Any, list[float]] | None:
+        """Send off this step's `values`; return (tag, averages) of the step before, None at the first."""
+        before = self.collect()
+        self._tag = tag
+        report = torch.tensor(values, dtype=torch.float64)
+        self._handle = hvd.allreduce_async_(report, name="step_report", op=hvd.Average)
+        return before
+
+    def collect(self) -> tuple[Any, list[float]] | None:
+        """The report that is still outstanding, if any."""
+        if self._handle is None:
+            return None
+        average = hvd.synchronize(self._handle).tolist()
+        self._handle = None
+        return self._tag, average
+
+
+class StopSignals:
+    """SIGUSR1, SIGTERM and SIGINT end this process at once; while it trains, they ask for a checkpoint and an orderly
+    end, and a second request ends it at once. Rank 0 answers on stderr.
+
+    A thread takes them in: the main one may be inside a call that waits for other ranks.
+
+    Attributes:
+        orderly: the first request is met by who reads `requested`.
+        requested: name of the signal that asked first.
+    """
+
+    # One scancel reaches a rank as several signals, from Slurm, the launcher and the batch script.
+    SAME_REQUEST_SECONDS = 2.0
+
+    def __init__(self) -> None:
+        self.requested, self.orderly = "", False
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True).start()
+
+    def _listen(self, reading: int) -> None:
+        since = 0.0
+        while True:
+            number = os.read(reading, 1)[0]
+            if number not in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+                continue
+            name = signal.Signals(number).name
+            if self.orderly and not self.requested:
+                self.requested, since = name, time.monotonic()
+                self._answer(
+                    number, f"{name}: stopping after this step, with a checkpoint; a second request ends at once"
+                )
+            elif time.monotonic() - since > self.SAME_REQUEST_SECONDS:
+                self._answer(number, f"{name}: ending at once")
+                # horovodrun hands on Ctrl-C as SIGUSR1.
+                leave(EXIT_INTERRUPTED if number != signal.SIGTERM else 128 + number)
+
+    @staticmethod
+    def _answer(number: int, text: str) -> None:
+        # A launcher sends SIGTERM also when another rank has failed, and that one is to be heard.
+        if launched_rank() == 0 and not (heartbeat.LAUNCHED and number == signal.SIGTERM):
+            start = "\r\033[K" if on_terminal(sys.stdout) else ""  # over the line of progress, and the ^C
+            with contextlib.suppress(OSError):
+                os.write(sys.stderr.fileno(), f"{start}{text}\n".encode())
+
+
+@functools.cache
+def stop_signals() -> StopSignals:
+    """Those of this process."""
+    return StopSignals()
+
+
+def run_ranks(main: Callable[[], None]) -> NoReturn:
+    """Initialise Horovod, run `main` on every rank and leave with the job's exit code; no rank outlives a failed one.
+
+    An error is told once: by rank 0 when all ranks meet it, else by the rank that met it, with its rank and host.
+    """
+    stop_signals()
+    if not heartbeat.ELASTIC:  # which must hear from the device itself that a message has failed
+        # A GPU's stream waits for its messages, not the host: without this, what comes behind an allreduce is launched
+        # only when that is over, and the next batch is copied later still. 2 H100, batch 2 x 512: see PERFORMANCE.md.
+        os.environ.setdefault("HOROVOD_ENABLE_ASYNC_COMPLETION", "1")
+    hvd.init()
+    if not heartbeat.ELASTIC and (problem := lone_process(hvd.size(), "Horovod")):
+        raise InputError(problem)
+    where = f"rank {hvd.rank()} on {socket.gethostname()}"
+    logging.basicConfig(
+        format=f"%(levelname)s: {where}: %(message)s" if hvd.size() > 1 else "%(levelname)s: %(message)s"
+    )
+    logging.addLevelName(logging.WARNING, "warning")
+    try:
+        heartbeat.start()
+        main()
+        code = 0
+    except Stopped:
+        code = EXIT_STOPPED
+    except InputError as error:
+        if error.everywhere and hvd.rank() > 0:
+            _await_end()  # rank 0 says it
+            if heartbeat.first_ended.is_set():  # it has, under a launcher that lets the others go on
+                leave(EXIT_BAD_INPUT)
+        alone = hvd.size() == 1 or error.everywhere and hvd.rank() == 0
+        print(f"error: {error}" if alone else f"error: {where}: {error}", file=sys.stderr)
+        leave(error.exit_code)
+    except Failed as error:
+        if hvd.rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except HorovodInternalError as error:
+        _await_end(where)  # another rank has failed and speaks for itself
+        reason = heartbeat.lost(f"{where} lost the other ranks: {str(error).splitlines()[0][:200]}")
+        print(f"error: {reason}; run the same command again", file=sys.stderr)
+        leave(1)
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        drop_output()
+        leave(1)
+    except BaseException:
+        text = traceback.format_exc()
+        print(f"error: {where} failed:\n{text}" if hvd.size() > 1 else text, file=sys.stderr)
+        leave(1)
+    # All ranks get here together; whichever left early would be taken for a failure by the launcher.
+    hvd.shutdown()
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _await_end(where: str = "") -> None:
+    """Give another rank the time to say why the job ends, and the launcher to end this process for it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(QUIET_SECONDS)
+    if where:
+        left = LAUNCHER_GRACE - QUIET_SECONDS
+        print(
+            f"{where} lost the other ranks; waiting up to {left} s for one that knows why", file=sys.stderr, flush=True
+        )
+    time.sleep(LAUNCHER_GRACE - QUIET_SECONDS)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once, without waiting for the other ranks: that is what makes the launcher end them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,284 @@
+"""Checkpoints of a run: written in the background by rank 0, verified before they are used.
+
+In: named tensors and a step. Out: `checkpoints/step-00001234.pt` with its sha256 beside it, `best.pt` for the best
+validation; nothing in them needs unpickling of more than tensors and plain values.
+"""
+
+import contextlib
+import hashlib
+import math
+import os
+import re
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+
+from job.config import from_flat
+from shards.errors import InputError
+from shards.format.split import sync_folder, write_whole
+
+if TYPE_CHECKING:
+    from job.network.alexnet import AlexNet
+
+_NAME = re.compile(r"step-(\d{8,})\.pt")
+_FILE = re.compile(r"(step-(\d{8,})\.pt|best\.pt)(\.sha256)?(.*\.tmp)?")
+FORMAT = 1
+# Folder, among the checkpoints, of those of later steps than the one that a run goes on from. Nothing reads it.
+ASIDE = "set-aside"
+
+
+def checkpoint_path(folder: str, step: int) -> str:
+    return os.path.join(folder, f"step-{step:08d}.pt")
+
+
+def digest(path: str) -> str:
+    """sha256 of a file, as hexadecimal text."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_checkpoints(folder: str) -> list[tuple[int, str]]:
+    """(step, path) of the checkpoints in a folder, newest first."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    steps = sorted(((int(m[1]), name) for name in names if (m := _NAME.fullmatch(name))), reverse=True)
+    return [(step, os.path.join(folder, name)) for step, name in steps]
+
+
+def fault(path: str) -> str:
+    """Why a checkpoint cannot be trusted, or an empty text: it must match a sha256 written beside it."""
+    try:
+        known = _digests(path)
+        found = digest(path)
+        # Read again: a running job may have replaced both files meanwhile.
+        good = found in known or found in _digests(path)
+        return "" if good else "its sha256 does not match: it is damaged or half written"
+    except (OSError, IndexError, UnicodeDecodeError) as error:
+        return f"it cannot be verified: {error}"
+
+
+def _digests(path: str) -> list[str]:
+    """The sha256 beside a checkpoint; two while it is being replaced, of the new file and of the old one."""
+    with open(f"{path}.sha256", encoding="ascii") as file:
+        return [line.split()[0] for line in file]
+
+
+def put_in_place(source: str, sha256: str, target: str) -> None:
+    """Rename a file that is on disk to `target`. A kill at any moment leaves a `target` that matches its sha256."""
+    folder, name = os.path.split(target)
+    new, old = f"{sha256}  {name}\n", ""
+    if os.path.exists(target):
+        with contextlib.suppress(OSError, UnicodeDecodeError), open(f"{target}.sha256", encoding="ascii") as file:
+            old = file.read()
+    write_whole(f"{target}.sha256", f"{new}{old}".encode())
+    sync_folder(folder)
+    os.replace(source, target)
+    sync_folder(folder)
+    if old:
+        write_whole(f"{target}.sha256", new.encode())
+
+
+def set_aside(folder: str, step: int) -> list[str]:
+    """Move what was written after `step`, best.pt too, into the folder `set-aside`: a run goes on from `step`.
+
+    Returns: the names of what was moved.
+    """
+    late = [os.path.basename(path) for found, path in list_checkpoints(folder) if found > step]
+    best = os.path.join(folder, "best.pt")
+    if os.path.exists(best) and not _step_of(best) <= step:
+        late.append("best.pt")
+    aside = os.path.join(folder, ASIDE)
+    for name in late:
+        os.makedirs(aside, exist_ok=True)
+        for ending in ("", ".sha256"):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(os.path.join(folder, name + ending), os.path.join(aside, name + ending))
+    return late
+
+
+def _step_of(path: str) -> float:
+    """Step of a checkpoint; infinite when it cannot be read. Its tensors stay on disk."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+    except Exception:  # torch.load raises errors of many kinds on damaged files
+        return math.inf
+
+
+def newest_good(folder: str, warn: Callable[[str], None]) -> str:
+    """Path of the newest checkpoint that verifies, or an empty text; `warn` is told of each that was passed over."""
+    for _, path in list_checkpoints(folder):
+        reason = fault(path)
+        if not reason:
+            return path
+        warn(f"passed over the checkpoint {path}: {reason}")
+    return ""
+
+
+def find(path: str) -> str:
+    """The checkpoint that a user names: a file, or the newest good one of a run directory.
+
+    Raises:
+        InputError: the run directory has none.
+    """
+    if not os.path.isdir(path):
+        return path
+    folder = os.path.join(path, "checkpoints")
+    found = newest_good(folder, lambda text: print(f"warning: {text}", file=sys.stderr))
+    if not found:
+        raise InputError(f"no checkpoint in {folder}; give a run directory of job.train or a .pt file")
+    return found
+
+
+def load(path: str) -> dict[str, Any]:
+    """Content of a checkpoint, tensors on the CPU.
+
+    Raises:
+        InputError: not there, damaged, or not a checkpoint of this project.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"no checkpoint {path}")
+    if os.path.exists(f"{path}.sha256") and (reason := fault(path)):
+        raise InputError(f"cannot use the checkpoint {path}: {reason}; give an older one of the same folder")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != FORMAT:
+            raise ValueError(f"format {state['format']}")
+        for name in ("step", "model", "velocity", "config", "data", "mean", "classes"):
+            state[name]
+        from_flat(state["config"], path)
+    except InputError:
+        raise
+    except Exception as error:  # torch.load raises errors of many kinds on damaged files
+        reason = str(error).split("\n")[0][:200]
+        raise InputError(f"{path} is not a checkpoint of job.train that can be read: {reason}") from None
+    return state
+
+
+def network(state: dict[str, Any], path: str) -> "AlexNet":
+    """The network of a checkpoint's content, with its weights.
+
+    Raises:
+        InputError: the weights do not fit its settings, as of another version of this project.
+    """
+    from job.network.alexnet import build
+
+    model = build(from_flat(state["config"], path))
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} holds the weights of another network than its settings: {reason}") from None
+    return model
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread of its own; training goes on with the next step meanwhile.
+
+    A write that fails (disk full, folder gone) does not end the run: it is told to `warn`, counted in `failures`, and
+    leaves the older checkpoints as they are. `last_failed`: the newest checkpoint was not written.
+    """
+
+    def __init__(self, folder: str, keep: int, warn: Callable[[str], None]):
+        self.folder = folder
+        self.keep = keep
+        self.warn = warn
+        self.failures = 0
+        self.last_failed = False
+        self._thread: threading.Thread | None = None
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def save(self, step: int, state: dict[str, Any], best: bool) -> None:
+        """Take a copy of `state` (a dict of tensors, plain values and dicts of them) and write it behind the scenes."""
+        self.wait()
+        copy = snapshot({"format": FORMAT, "step": step, **state}, self._kept)
+        self._thread = threading.Thread(target=self._write, args=(step, copy, best), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when the write in progress, if any, has ended."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, step: int, content: dict[str, Any], best: bool) -> None:
+        path = checkpoint_path(self.folder, step)
+        temporary = f"{path}.tmp"
+        try:
+            # Training comes first where cores are few. On Linux a thread has a priority of its own.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+            if not all(torch.isfinite(tensor).all() for tensor in content["model"].values()):
+                raise ValueError("the weights are not finite")
+            with open(temporary, "wb") as file:
+                digesting = _Digesting(file)
+                torch.save(content, digesting)
+                file.flush()
+                os.fsync(file.fileno())
+            sha256 = digesting.sha256.hexdigest()
+            put_in_place(temporary, sha256, path)
+            self.last_failed = False
+        except Exception as error:  # whatever it is, training must go on and the user must know
+            self.failures += 1
+            self.last_failed = True
+            self.warn(f"checkpoint of step {step} was not written to {self.folder}: {error}")
+            with contextlib.suppress(OSError):  # a folder that takes nothing any more
+                for leftover in (temporary, *([] if os.path.exists(path) else [f"{path}.sha256"])):
+                    if os.path.exists(leftover):
+                        os.unlink(leftover)
+            return
+        try:
+            if best:
+                self._keep_as_best(path, sha256)
+            self._remove_old(step)
+        except Exception as error:  # the checkpoint itself is good
+            self.failures += 1
+            self.warn(f"step {step} is saved, but best.pt or old files of {self.folder} are not in order: {error}")
+
+    def _keep_as_best(self, path: str, sha256: str) -> None:
+        best = os.path.join(self.folder, "best.pt")
+        temporary = f"{best}.tmp"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        try:
+            os.link(path, temporary)  # a second name costs nothing
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        put_in_place(temporary, sha256, best)
+
+    def _remove_old(self, step: int) -> None:
+        """Keep the newest up to `step`, which is just written; remove older ones, and what a killed write has left."""
+        newest = [name for found, name in list_checkpoints(self.folder) if found <= step][: self.keep]
+        kept = {"best.pt", *map(os.path.basename, newest)}
+        for name in os.listdir(self.folder):
+            if (m := _FILE.fullmatch(name)) and (m[4] or m[1] not in kept and int(m[2]) <= step):
+                os.unlink(os.path.join(self.folder, name))
+
+
+class _Digesting:
+    """A file that is written from front to back, and the sha256 of what was written."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def snapshot(value: Any, kept: dict[str, torch.Tensor], name: str = "") -> Any:
+    """Copy of a state, its tensors in the memory of `kept`: new memory costs more than the copy (page faults)."""
+    if isinstance(value, torch.Tensor):
+        if name not in kept:
+            kept[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        return kept[name].copy_(value.detach())
+    if isinstance(value, dict):
+        return {key: snapshot(item, kept, f"{name}/{key}") for key, item in value.items()}
+    return value

@@ -1,0 +1,174 @@
+"""What a run leaves for its reader: the run directory's metrics, TensorBoard, and rank 0's lines on the terminal.
+
+In: values of steps and validations. Out: metrics.jsonl, tensorboard/, config.yaml, summary.json, a line of progress.
+"""
+
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from shards.errors import InputError, drop_output
+from shards.format.split import write_whole
+from shards.machine.lock import hold
+from shards.machine.progress import Line
+
+# Seconds between two warnings that metrics cannot be written.
+WARN_SECONDS = 30.0
+
+_locks: dict[str, TextIO] = {}  # folders that this process holds
+
+
+def lock(folder: str, instead: str) -> None:
+    """Hold a folder until this process ends. Raises InputError and OSError as shards.machine.lock.hold does."""
+    path = os.path.abspath(os.path.join(folder, ".lock"))
+    if path not in _locks:  # in elastic training a process comes back to its run
+        _locks[path] = hold(path, folder, instead)
+
+
+class RunLog:
+    """Rank 0's record of a run. On other ranks every method does nothing.
+
+    A full disk does not end training: what could not be written is told on stderr and counted in `failures`.
+    """
+
+    def __init__(self, out: str, active: bool):
+        self.out = out
+        self.active = active
+        self.line = Line(sys.stdout)
+        self.failures = 0
+        self._warned = -WARN_SECONDS
+        self._tensorboard = None
+        if not active:
+            return
+        try:
+            os.makedirs(os.path.join(out, "checkpoints"), exist_ok=True)
+            lock(out, "--out")
+        except OSError as error:
+            raise InputError(f"cannot write the run directory {out}: {error.strerror}; choose another --out") from None
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.out, name)
+
+    def open(self, step: int) -> None:
+        """Begin to write, after `step` steps. What an earlier part of the run wrote of later steps is taken out."""
+        if not self.active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        kept = []
+        if os.path.exists(self.path("metrics.jsonl")):
+            with open(self.path("metrics.jsonl"), encoding="utf-8") as file:
+                kept = [line for line in file if _belongs(line, step)]
+        self._open_tensorboard = lambda: SummaryWriter(self.path("tensorboard"), purge_step=step, flush_secs=10)
+        self.attempt("metrics.jsonl", lambda: write_whole(self.path("metrics.jsonl"), "".join(kept).encode()))
+
+    def write(self, kind: str, step: int, epoch: int, **values: Any) -> None:
+        """One line of metrics.jsonl; numbers of `train` and `val` lines go to TensorBoard as well."""
+        if not self.active:
+            return
+        self.attempt("metrics.jsonl", lambda: append_line(self.path("metrics.jsonl"), kind, step, epoch, **values))
+        if kind != "event":
+            self.attempt("tensorboard", lambda: self._to_tensorboard(kind, step, values))
+
+    def hang(self, step: int, epoch: int, reason: str) -> None:
+        """Note that the ranks did not get on. Any rank may call it: rank 0 may be the one that hangs."""
+        with contextlib.suppress(OSError):  # it has been said on stderr
+            append_line(self.path("metrics.jsonl"), "event", step, epoch, event="hang", reason=reason)
+
+    def _to_tensorboard(self, kind: str, step: int, values: dict[str, float]) -> None:
+        writer = self._tensorboard or self._open_tensorboard()
+        self._tensorboard = None  # one that has failed once fails for ever
+        for name, value in values.items():
+            writer.add_scalar(f"{kind}/{name}", value, step)
+        self._tensorboard = writer
+
+    def attempt(self, what: str, write: Callable[[], None]) -> None:
+        """Write a file of the run; one that cannot be written is told of, now and then, and does not end the run."""
+        try:
+            write()
+        except OSError as error:
+            self.failures += 1
+            if time.monotonic() - self._warned >= WARN_SECONDS:
+                self._warned = time.monotonic()
+                self.warn(f"{what} of {self.out} cannot be written: {error}; training goes on")
+
+    def say(self, text: str) -> None:
+        """A line on stdout."""
+        self._print(lambda: (self.line.clear(), print(text, flush=True)))
+
+    def warn(self, text: str) -> None:
+        """A line on stderr."""
+        self._print(lambda: (self.line.clear(), print(f"warning: {text}", file=sys.stderr, flush=True)))
+
+    def progress(self, text: str) -> None:
+        """How far training is: on a terminal in a line that is rewritten, else a new one."""
+        self._print(lambda: self.line.show(text))
+
+    def _print(self, write: Callable[[], Any]) -> None:
+        if self.active:
+            try:
+                write()
+            except OSError:  # who read it has gone (`| head`), or its disk is full: training goes on in silence
+                drop_output()
+
+    def close(self) -> None:
+        """End the line on a terminal, and TensorBoard's file."""
+        if self.active:
+            self._print(self.line.clear)
+            if self._tensorboard is not None:
+                self.attempt("tensorboard", self._tensorboard.close)
+                self._tensorboard = None
+
+    def summary(self, values: dict[str, Any]) -> None:
+        if self.active:
+            text = json.dumps(values, indent=1) + "\n"
+            self.attempt("summary.json", lambda: write_whole(self.path("summary.json"), text.encode()))
+
+    def timings(self, values: dict[str, Any]) -> None:
+        """What a scaling study reads: sections of a step on every rank, and where that was."""
+        if self.active:
+            text = json.dumps(values) + "\n"
+            self.attempt("timings.json", lambda: write_whole(self.path("timings.json"), text.encode()))
+
+
+def append_line(path: str, kind: str, step: int, epoch: int, **values: Any) -> None:
+    """Append a line of metrics, whole or not at all. Raises OSError."""
+    # JSON has no NaN: a value that is not finite becomes null.
+    clean = {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in values.items()}
+    line = json.dumps({"kind": kind, "step": step, "epoch": epoch, "time": round(time.time(), 3), **clean}) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        before, data = os.fstat(descriptor).st_size, line.encode()
+        try:
+            if os.write(descriptor, data) < len(data):
+                raise OSError("no space left for a line")
+        except OSError:
+            os.ftruncate(descriptor, before)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_textfile(path: str, values: dict[str, float], out: str) -> None:
+    """Write `values` as gauges for the textfile collector of Prometheus' node_exporter; it never sees half of them."""
+    label = re.sub(r'([\\"])', r"\\\1", out).replace("\n", "\\n")
+    lines = []
+    for name, value in {**values, "time_seconds": time.time()}.items():
+        lines += [f"# TYPE alexnet_train_{name} gauge", f'alexnet_train_{name}{{run="{label}"}} {float(value):.17g}']
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+    os.replace(f"{path}.tmp", path)
+
+
+def _belongs(line: str, step: int) -> bool:
+    """Whether a line of metrics.jsonl is whole and of the first `step` steps; events always stay."""
+    try:
+        fields = json.loads(line)
+        return fields["kind"] == "event" or fields["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False  # the last line of a run that was killed while it wrote

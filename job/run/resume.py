@@ -1,0 +1,126 @@
+"""Where a run goes on: the newest checkpoint of its directory that verifies, if settings and shards are still the same.
+
+In: settings, the split, the run directory. Out: the step to start from, and weights and velocities put in place.
+"""
+
+import hashlib
+import os
+
+import torch
+
+from job import config as settings
+from job.batches.synthetic import NAME
+from job.run import checkpoint
+from shards.errors import InputError
+
+
+def find_resume(config: settings.Config, split, mean, log) -> dict:
+    """Where to start: {"path", "step", "wall_seconds", "best", "owed", "by"}; path is empty for a new run. Rank 0 only.
+
+    `--resume FILE` and `none` say how a run begins: once its directory has a checkpoint, the same command goes on from
+    that, as a requeued job must. `mean`: float32 (3, S, S), subtracted from a centre crop.
+    Raises InputError when the run directory or the checkpoint has other settings or data.
+    """
+    flat = settings.to_flat(config)
+    known = log.path("config.yaml")
+    path = checkpoint.newest_good(log.path("checkpoints"), log.warn)
+    if config.resume != "auto" and path:
+        log.warn(f"--resume {config.resume} is for the start of a run; {config.out} has begun and goes on from {path}")
+    elif config.resume not in ("auto", "none"):
+        path = config.resume
+    if os.path.exists(known) and (path or config.resume != "none"):
+        same_settings(flat, settings.read_flat(known), config.out)
+    start = {"path": path, "step": 0, "wall_seconds": 0.0, "best": -1.0, "owed": False, "by": ""}
+    if path:
+        state = checkpoint.load(path)
+        same_settings(flat, state["config"], path)
+        same_data(split, mean, state, path, log)
+        start.update({name: state[name] for name in start if name != "path" and name in state})
+        if config.parallel == "weights" and start["step"] % config.average_every:
+            log.warn(
+                f"{path} is the end of a shorter run: its last average, after step {start['step']}, is one more than "
+                f"--average-every {config.average_every} alone would have made"
+            )
+    return start
+
+
+def leave_behind(start: dict, config: settings.Config, log) -> None:
+    """Begin at `start`: write config.yaml, and move later checkpoints out of the way, which is reported.
+
+    A best result counts only while its best.pt is there.
+    """
+    log.attempt("config.yaml", lambda: settings.write_yaml(settings.to_flat(config), log.path("config.yaml")))
+    folder = log.path("checkpoints")
+    try:
+        moved = checkpoint.set_aside(folder, start["step"])
+    except OSError as error:
+        raise InputError(f"cannot move later checkpoints in {folder} away: {error.strerror}; free the folder") from None
+    if moved:
+        aside = os.path.join(folder, checkpoint.ASIDE)
+        log.warn(f"going on from step {start['step']}: moved {', '.join(moved)} to {aside}, which nothing reads")
+    if not os.path.exists(os.path.join(folder, "best.pt")):
+        start["best"] = -1.0
+
+
+def same_settings(ours: dict, theirs: dict, where: str) -> None:
+    """Raise InputError when a setting that decides what is computed differs from that of an earlier part of the run.
+
+    A setting that an older version did not have counts as its default.
+    """
+    theirs = settings.to_flat(settings.from_flat(theirs, where))
+    for name, value in theirs.items():
+        if ours[name] == value or name in settings.MAY_CHANGE:
+            continue
+        if name != "epochs":
+            advice = "give the same settings or another --out"
+        elif ours["optim.schedule"] in settings.SCHEDULES_TO_THE_END:
+            advice = (
+                f"the learning rate of --optim.schedule {ours['optim.schedule']} depends on it; give the same, or "
+                "another --out"
+            )
+        else:
+            continue
+        raise InputError(f"{where} is a run with --{name} {value}, not {ours[name]}; {advice}")
+
+
+def same_data(split, mean, state: dict, path: str, log) -> None:
+    """Raise InputError when a checkpoint was trained on other samples than those of `split`."""
+    other, advice = f"{path} was trained on other shards than {split.root}", "give the same --data or another --out"
+    if state["data"] != fingerprint(split):
+        raise InputError(f"{other}: their names or numbers of samples differ; {advice}")
+    ours = content(split)
+    theirs = [tuple(item) for item in state.get("content", [])] or [("", 0, "")] * len(ours)
+    for (name, size, sha256), (_, old_size, old_sha256) in zip(ours, theirs, strict=True):
+        if size and old_size and size != old_size or sha256 and old_sha256 and sha256 != old_sha256:
+            raise InputError(f"{other}: {name} has another content; {advice}")
+    # In levels of 255. A mean colour is summed up anew on every start, perhaps by a CPU that rounds otherwise.
+    if not torch.allclose(state["mean"], mean, rtol=0, atol=1e-3):
+        raise InputError(f"{other}: the mean image differs; {advice}")
+    if split.root != NAME and not all(a[2] and b[2] for a, b in zip(ours, theirs, strict=True)):
+        what = f"{split.name}.json of {split.root}" if not all(item[2] for item in ours) else path
+        log.warn(f"{what} has no sha256 of the shards: only their names, sizes and numbers of samples were compared")
+
+
+def restore(path: str, model, optimizer) -> None:
+    """Load weights and velocities of a checkpoint, in place."""
+    put(checkpoint.load(path), model, optimizer)
+
+
+def put(state: dict, model, optimizer) -> None:
+    """Put weights and velocities of a checkpoint's content in place."""
+    model.load_state_dict(state["model"])
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            optimizer.velocity(param).copy_(state["velocity"][name])
+
+
+def content(split) -> list[tuple[str, int, str]]:
+    """Name, bytes and sha256 of the labels and of every shard, as the index gives them; 0 and "" where it does not."""
+    shards = [(os.path.basename(shard.url), shard.filesize, shard.sha256) for shard in split.shards]
+    return [(split.labels, 0, split.labels_sha256), *shards]
+
+
+def fingerprint(split) -> str:
+    """What the order of samples depends on: names and lengths of the shards, wherever they lie."""
+    text = "\n".join(f"{os.path.basename(shard.url)} {shard.nsamples}" for shard in split.shards)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,193 @@
+"""What a run leaves for a scaling study: where a step's time went on every rank, on what machine, for which network.
+
+In: the step timers of all ranks at the end of a run. Out: the dictionary that timings.json holds.
+"""
+
+import os
+import platform
+import socket
+import subprocess
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from job.config import Config
+from job.run.timing import SECTIONS, StepTimer
+from shards import ROOT
+from shards.format.split import Split, is_remote
+from shards.machine.caches import file_system
+
+_HOST_BYTES = 64  # of a host name, gathered as a tensor like the rest
+# Settings of the layers below that change the speed of an allreduce.
+_TUNING = ("HOROVOD_", "NCCL_", "OMP_NUM_THREADS", "UCX_")
+_NOT_TUNING = (
+    "HOROVOD_RANK",
+    "HOROVOD_SIZE",
+    "HOROVOD_LOCAL",
+    "HOROVOD_CROSS",
+    "HOROVOD_GLOO",
+    "HOROVOD_HOSTNAME",
+    "HOROVOD_TERMINAL",
+    "NCCL_SOCKET_IFNAME",  # horovodrun sets it by the number of nodes
+)
+
+
+def run_profile(config: Config, split: Split, timer: StepTimer, warmup: int, device: torch.device) -> dict[str, Any]:
+    """Contents of timings.json; called by all ranks together.
+
+    `ranks` has mean, median and 95th percentile of each section, seconds a step. `fastest` and `slowest` are the
+    sections' least and largest values among the ranks of a step, averaged over the steps: the least time in the
+    allreduce is that of the rank which came last and waited for nobody.
+    """
+    rows = torch.tensor(list(timer.rows), dtype=torch.float64).reshape(-1, len(SECTIONS))  # (steps, sections)
+    rows = rows[warmup if len(rows) > warmup else 0 :]
+    profile: dict[str, Any] = {
+        "steps": len(rows),
+        "global_batch": config.global_batch,
+        "epochs": config.epochs,
+        "nsamples": split.nsamples,
+        "parallel": config.parallel,
+    }
+    if len(rows):
+        share = torch.tensor([0.5, 0.95], dtype=torch.float64)
+        own = torch.cat([rows.mean(0, keepdim=True), torch.quantile(rows, share, dim=0)])  # (3, sections)
+        ranks = hvd.allgather(own[None], name="profile_ranks").tolist()
+        hosts = hvd.allgather(_text(socket.gethostname())[None], name="profile_hosts")
+        step = rows.sum(1, keepdim=True)  # (steps, 1)
+        low = hvd.allreduce(rows, op=hvd.Min, name="profile_min").mean(0).tolist()
+        high = hvd.allreduce(rows, op=hvd.Max, name="profile_max").mean(0).tolist()
+        profile |= {
+            "step_seconds": {"mean": step.mean().item(), "std": step.std(correction=0).item()},
+            "ranks": [
+                {
+                    "rank": rank,
+                    "host": bytes(host.tolist()).rstrip(b"\0").decode(),
+                    **{k: _named(values) for k, values in zip(("mean", "median", "p95"), three, strict=True)},
+                }
+                for rank, (three, host) in enumerate(zip(ranks, hosts, strict=True))
+            ],
+            "fastest": _named(low),
+            "slowest": _named(high),
+        }
+    profile["gradients"] = gradients(config) if hvd.rank() == 0 else []
+    profile["environment"] = environment(config.data, device)
+    return profile
+
+
+def gradients(config: Config) -> list[dict[str, Any]]:
+    """The network's gradients in the order in which the backward pass makes them.
+
+    Each has `name`, `shape`, `bytes` and `ready`: the share of the backward pass that is over when it is there, by
+    arithmetic alone (layers' multiplications; the first layer needs no gradient of its input).
+    """
+    from job.network.alexnet import build
+
+    with torch.device("meta"):
+        model = build(config).eval()  # batch normalisation refuses to learn from a single image
+        image = torch.empty(1, 3, config.image_size, config.image_size)
+        with FlopCounterMode(display=False) as counter:
+            model(image)
+    layers = list(model.named_children())
+    work = {name: sum(counter.get_flop_counts().get(f"AlexNet.{name}", {}).values()) for name, _ in layers}
+    work = {name: 2 * flops if name != layers[0][0] else flops for name, flops in work.items()}
+    total, done, found = sum(work.values()), 0, []
+    for name, layer in reversed(layers):
+        done += work[name]
+        for kind, parameter in layer.named_parameters():
+            found.append(
+                {
+                    "name": f"{name}.{kind}",
+                    "shape": list(parameter.shape),
+                    "bytes": parameter.numel() * parameter.element_size(),
+                    "ready": done / total,
+                }
+            )
+    return found
+
+
+def environment(data: str, device: torch.device) -> dict[str, Any]:
+    """Where this rank runs: hardware, versions, settings of Horovod, file system of the data, commit."""
+    import horovod
+
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "ranks_per_node": hvd.local_size(),
+        "nodes": hvd.cross_size(),
+        "network": _network(),
+        "horovod_over": "NCCL"
+        if device.type == "cuda" and hvd.nccl_built()
+        else "MPI"
+        if hvd.mpi_enabled()
+        else "Gloo",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "horovod": horovod.__version__,
+            "cuda": torch.version.cuda or "",
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else "",
+        },
+        "tuning": {
+            k: v for k, v in sorted(os.environ.items()) if k.startswith(_TUNING) and not k.startswith(_NOT_TUNING)
+        },
+        "file_system": _file_system(data),
+        "commit": _commit(),
+    }
+    return found
+
+
+def _named(values: list[float]) -> dict[str, float]:
+    return {name: round(value, 9) for name, value in zip(SECTIONS, values, strict=True)}
+
+
+def _text(text: str) -> Tensor:
+    """A text as a tensor of bytes of fixed length. (_HOST_BYTES,)"""
+    data = text.encode()[:_HOST_BYTES]
+    return torch.tensor(list(data.ljust(_HOST_BYTES, b"\0")), dtype=torch.uint8)
+
+
+def _cpu() -> str:
+    """Model of the processor."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def _network() -> list[str]:
+    """InfiniBand ports and network interfaces that are up, with the speed they report."""
+    found = []
+    for folder, rate in (("/sys/class/infiniband", "ports/1/rate"), ("/sys/class/net", "speed")):
+        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+            try:
+                with open(os.path.join(folder, name, rate), encoding="ascii") as file:
+                    speed = file.read().strip()
+            except OSError:  # an interface that is down, or of no speed
+                continue
+            if rate != "speed" or speed not in ("", "-1"):
+                found.append(f"{name} {speed} Mbit/s" if rate == "speed" else f"{name} {speed}")
+    return found
+
+
+def _file_system(data: str) -> str:
+    """Kind of the file system in which the data lie."""
+    if is_remote(data):
+        return data.partition("://")[0]
+    return file_system(data)
+
+
+def _commit() -> str:
+    """Commit of this code, with a + where the work tree differs from it; empty outside a repository."""
+    commands = (["git", "rev-parse", "--short=12", "HEAD"], ["git", "status", "--porcelain", "-uno", "--", "job"])
+    try:
+        commit, changed = (
+            subprocess.run(c, cwd=ROOT, capture_output=True, text=True, timeout=10, check=True).stdout for c in commands
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return commit.strip() + "+" * bool(changed.strip())

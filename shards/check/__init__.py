@@ -1,0 +1,4 @@
+"""Looking for damage in shards.
+
+In: a tar file. Out: what is wrong with which member.
+"""

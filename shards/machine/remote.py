@@ -1,0 +1,258 @@
+"""Files on other machines: ranges of bytes over HTTP(S), and over s3:// or gs:// where fsspec is installed.
+
+In: a URL, an offset and a size. Out: exactly those bytes. A connection that drops is taken up again at the byte where
+it dropped, at most RETRIES times a call, counted in `retries`.
+"""
+
+import fcntl
+import hashlib
+import http.client
+import os
+import random
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+from shards.errors import InputError
+
+RETRIES = 5  # a call; with the pauses below, a server that restarts within half a minute is waited for
+_TIMEOUT = 30.0  # seconds without a byte
+_FIRST_PAUSE = 0.5  # seconds before the second try; doubled each time, up to a quarter more by chance
+_LONGEST_PAUSE = 10.0
+_PIECE = 1 << 20  # bytes a recv: what has come is kept when the connection drops
+_OBJECT_PIECE = 8 << 20  # bytes a request through fsspec, which gives all or nothing of one
+_PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP status: worth another try
+
+retries = 0  # connections of this process that dropped or were refused and were tried again
+
+# What a URL needs beside fsspec itself.
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
+
+
+class _Changed(Exception):
+    """The file on the server was replaced while it was read."""
+
+
+def read_range(url: str, offset: int, size: int) -> bytes:
+    """Bytes `offset` to `offset + size` of a remote file.
+
+    Raises:
+        InputError: no such file, no access, the file is shorter, no server after RETRIES further tries, or a
+            package that the URL needs is not installed.
+    """
+    if size == 0:
+        return b""
+    data = bytearray()
+    for piece in _pieces(url, offset, size):
+        data += piece
+    return bytes(data)
+
+
+def read_file(url: str) -> bytes:
+    """A whole remote file. Raises FileNotFoundError where there is none, else as read_range does."""
+    return read_range(url, 0, size_of(url))
+
+
+def size_of(url: str) -> int:
+    """Bytes of a remote file. Raises FileNotFoundError where there is none, else as read_range does."""
+    if not _is_http(url):
+        return _attempts(url, lambda: int(_filesystem(url).size(url)))
+
+    def ask() -> int:
+        # One byte instead of a HEAD request: signed addresses of object stores are for GET only.
+        with _request(url, 0, 1) as response:
+            return _total(response, url)
+
+    return _attempts(url, ask)
+
+
+def cached(url: str, folder: str, size: int, sha256: str) -> str:
+    """Path of a copy of a remote file in a local folder, fetched by the first process of the machine that asks for it.
+
+    A copy that was broken off is carried on. `size` and `sha256` as the index has them; 0 and empty where it does not.
+
+    Raises:
+        InputError: as read_range does; or the folder cannot be written, or what came is not what was packed.
+    """
+    # Shards that were packed anew under the same address get another name.
+    digest = hashlib.sha256(f"{url} {size} {sha256}".encode()).hexdigest()[:16]
+    path = os.path.join(folder, f"{digest}-{re.sub('[^A-Za-z0-9._-]', '_', url.rpartition('/')[2])}")
+    if _is_kept(path, size):
+        return path
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(f"{path}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # when its holder dies, the system frees it
+            if not _is_kept(path, size):
+                _fetch(url, f"{path}.part", size, sha256)
+                os.replace(f"{path}.part", path)
+    except FileNotFoundError:
+        raise InputError(f"{url} is not there", False) from None
+    except OSError as error:
+        raise InputError(
+            f"cannot keep {url} in {folder}: {error.strerror or error}; SHARDS_CACHE names a folder with room for all "
+            "shards, of which none is ever removed; without it each image is fetched when it is needed",
+            False,
+        ) from None
+    return path
+
+
+def _is_kept(path: str, size: int) -> bool:
+    try:
+        return os.path.getsize(path) == size or not size
+    except OSError:
+        return False
+
+
+def _fetch(url: str, path: str, size: int, sha256: str) -> None:
+    """Append to a file what it lacks of the remote one, and check the whole."""
+    size = size or size_of(url)
+    with open(path, "a+b") as file:
+        if file.tell() > size:
+            file.truncate(0)
+        for piece in _pieces(url, file.tell(), size - file.tell()):
+            file.write(piece)
+        file.flush()
+        file.seek(0)
+        if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            file.truncate(0)
+            raise InputError(f"{url} is damaged or not the one that was packed: its sha256 is not the index's", False)
+
+
+def list_tars(url: str) -> list[str]:
+    """URLs of all tars under an s3:// or gs:// folder. HTTP has no listing: InputError."""
+    if _is_http(url):
+        raise InputError(
+            f"a web server does not list its files: give {url} as a pattern of tars, for example "
+            f"--splits 'train={url.rstrip('/')}/train-{{000000..000127}}.tar'"
+        )
+    scheme = url.partition("://")[0]
+    names = _attempts(url, lambda: _filesystem(url).find(url))
+    return sorted(f"{scheme}://{name}" for name in names if name.endswith(".tar"))
+
+
+def _pieces(url: str, offset: int, size: int) -> Iterator[bytes]:
+    """The range in pieces, in order; after a failure the rest of it is asked for anew."""
+    state = {"done": 0, "tag": None}
+
+    def more() -> bytes:
+        at, left = offset + state["done"], size - state["done"]
+        if not _is_http(url):
+            piece = _filesystem(url).cat_file(url, start=at, end=at + min(left, _OBJECT_PIECE))
+        else:
+            if state.get("response") is None:
+                state["response"] = _request(url, at, left)
+                tag = (state["response"].headers.get("ETag"), _total(state["response"], url))
+                if state["tag"] not in (None, tag):
+                    raise _Changed
+                state["tag"] = tag
+            piece = state["response"].read1(min(left, _PIECE))
+        if not piece:
+            end = state["tag"][1] if state["tag"] else _filesystem(url).size(url)
+            if end < offset + size:
+                raise InputError(f"{url} has {end} bytes, but bytes up to {offset + size} were to be read", False)
+            raise ConnectionError("the connection ended early")
+        state["done"] += len(piece)
+        return piece
+
+    def forget() -> None:
+        response = state.pop("response", None)
+        if response is not None:
+            response.close()
+
+    failures = [0]
+    try:
+        while state["done"] < size:
+            yield _attempts(url, more, forget, failures)
+    finally:
+        forget()
+
+
+def _attempts(url: str, action, forget=lambda: None, failures: list[int] | None = None):
+    """action(), again after a passing failure, at most RETRIES times over all calls that share `failures`."""
+    global retries
+    failures = [0] if failures is None else failures
+    while True:
+        try:
+            return action()
+        except InputError:
+            raise
+        except _Changed:
+            raise InputError(f"{url} changed while it was read; start again", False) from None
+        except FileNotFoundError:
+            raise
+        except PermissionError as error:
+            raise InputError(f"no access to {url}: {error}", False) from None
+        except (OSError, http.client.HTTPException, EOFError) as error:
+            what = error
+        except Exception as error:  # fsspec hands on what its clients raise (botocore, aiohttp)
+            if _is_http(url):
+                raise
+            what = error
+        forget()
+        if isinstance(what, urllib.error.HTTPError):
+            what.close()
+            if what.code in (404, 410):
+                raise FileNotFoundError(2, "there is no such file", url)
+            if what.code == 416:
+                raise InputError(f"{url} is shorter than its index says; fetch both anew", False)
+            if what.code not in _PASSING:
+                raise InputError(f"no access to {url}: HTTP {what.code} {what.reason}", False)
+        reason = " ".join(str(getattr(what, "reason", "") or what).split()) or type(what).__name__
+        if failures[0] >= RETRIES:
+            raise InputError(f"cannot read {url}: {reason} (given up after {RETRIES} retries)", False)
+        pause = min(_FIRST_PAUSE * 2 ** failures[0], _LONGEST_PAUSE) * random.uniform(1, 1.25)
+        failures[0] += 1
+        retries += 1
+        time.sleep(pause)
+
+
+def _is_http(url: str) -> bool:
+    return url.partition("://")[0].lower() in ("http", "https")
+
+
+# HTTP by the standard library, not fsspec: it runs no thread of its own (fsspec's event loop does not survive the fork
+# of a reader process), it keeps what came before a connection dropped, and it honours the cluster's proxy variables.
+def _request(url: str, offset: int, size: int) -> http.client.HTTPResponse:
+    request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-{offset + size - 1}"})
+    response = urllib.request.urlopen(request, timeout=_TIMEOUT)
+    if not urllib.request.urlparse(response.url).scheme.lower().startswith("http"):
+        raise InputError(f"{url} leads to {response.url}, which is not HTTP", False)
+    if response.status == 200:
+        # The server sends the whole file. That serves only where the start of it is wanted: nothing is then skipped.
+        if offset:
+            response.close()
+            raise InputError(f"the server of {url} knows no range requests; copy the shards to a file system", False)
+    elif int(response.headers.get("Content-Range", "bytes -1-").split()[1].partition("-")[0]) != offset:
+        response.close()
+        raise http.client.HTTPException("the server sent another range than was asked for")
+    return response
+
+
+def _total(response: http.client.HTTPResponse, url: str) -> int:
+    """Size of the whole file, from the headers of an answer to a range request."""
+    total = response.headers.get("Content-Range", "").rpartition("/")[2]
+    total = total if response.status == 206 else response.headers.get("Content-Length", "")
+    if not total.isdigit():
+        raise InputError(f"the server of {url} does not tell the file's size; copy the shards to a file system", False)
+    return int(total)
+
+
+_filesystems: dict[tuple[int, str], object] = {}
+
+
+def _filesystem(url: str):
+    """fsspec's file system for a URL; one a process, since it does not survive a fork."""
+    scheme = url.partition("://")[0].lower()
+    key = (os.getpid(), scheme)
+    if key not in _filesystems:
+        try:
+            import fsspec
+
+            _filesystems[key] = fsspec.filesystem(scheme, skip_instance_cache=True)
+        except ImportError:
+            package = _PACKAGES.get(scheme, "")
+            raise InputError(f"{scheme}:// needs further packages: pip install fsspec {package}".rstrip()) from None
+    return _filesystems[key]
