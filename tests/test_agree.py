@@ -186,8 +186,8 @@ def test_a_rank_that_sees_one_gpu_uses_it_as_number_0(monkeypatch, caplog):
 def two_ranks(code: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:
     """`code` under horovodrun -np 2, as job.ranks.process runs the commands."""
     launcher = os.path.join(os.path.dirname(sys.executable), "horovodrun")
-    imports = "import horovod.torch as hvd, torch\nfrom job.ranks import agree, process as ranks\nfrom shards.errors import run\n"
-    program = imports + code
+    program = "import horovod.torch as hvd, torch\nfrom job.ranks import agree, process as ranks\n"
+    program += f"from shards.errors import run\n{code}"
     return run(launcher, "-np", "2", sys.executable, "-c", program, timeout=timeout, env=env)
 
 
