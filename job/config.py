@@ -12,7 +12,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from shards.errors import InputError, Parser, nearest
+from shards.command import Parser
+from shards.errors import InputError, nearest
 
 RECIPES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "recipes")
 
@@ -327,6 +328,6 @@ def write_yaml(values: dict[str, Any], path: str) -> None:
     """Write flat settings as YAML, in the order of the help."""
     import yaml
 
-    from shards.format.split import write_whole
+    from shards.machine.files import write_whole
 
     write_whole(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 
 from job.ranks import mpi
 from shards import ROOT
-from shards.errors import InputError, Parser, run
+from shards.command import Parser, run
+from shards.errors import InputError
 
 if TYPE_CHECKING:
     from shards.format.split import Split
@@ -361,9 +362,9 @@ def read_rate(paths: list[str]) -> float:
 
 def check_data(split: "Split", decode: float) -> Finding:
     """Whether reading this split keeps up with decoding on the cores given; `decode` in images a second and core."""
-    from shards.format.split import is_remote
     from shards.machine.caches import file_system
     from shards.machine.cores import cores_given
+    from shards.machine.files import is_remote
 
     text = f"{split.nsamples:,} samples in {len(split.shards)} shards, {split.encoding}"
     if is_remote(split.root):

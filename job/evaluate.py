@@ -8,7 +8,8 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
-from shards.errors import InputError, Parser, run
+from shards.command import Parser, run
+from shards.errors import InputError
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -11,7 +11,8 @@ import os
 import sys
 import warnings
 
-from shards.errors import InputError, Parser, run
+from shards.command import Parser, run
+from shards.errors import InputError
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

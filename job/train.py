@@ -11,7 +11,8 @@ import platform
 import time
 
 from job import config as settings
-from shards.errors import InputError, run
+from shards.command import run
+from shards.errors import InputError
 
 DESCRIPTION = "Train AlexNet with ring allreduce over MPI, NCCL or Gloo, reading WebDataset shards."
 

@@ -14,7 +14,8 @@ import sys
 import time
 from typing import Any
 
-from shards.errors import InputError, Parser, printable, run
+from shards.command import Parser, run
+from shards.errors import InputError, printable
 
 REFRESH_SECONDS = 2.0
 # A run that says nothing for so long, and for so many times its usual interval, is not called running any more.

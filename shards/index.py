@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NoReturn
 
 from shards.check import workers
-from shards.errors import InputError, Parser, few, printable, run, short
+from shards.command import Parser, run
+from shards.errors import InputError, few, printable, short
 from shards.format.names import chosen_tars, missing_numbers, not_read
 from shards.format.split import (
     Member,
@@ -25,19 +26,17 @@ from shards.format.split import (
     format_idx,
     idx_path,
     image_member,
-    is_remote,
     load_crc32,
     load_fields,
     load_labels,
     parse_npy,
     parse_split,
-    read_file,
     save_column,
     save_split,
-    write_whole,
 )
 from shards.format.tar import NotTar, TarError, open_tar, samples, split_name, window_read
 from shards.machine.cores import cores_given
+from shards.machine.files import is_remote, read_file, write_whole
 from shards.machine.progress import Progress
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ import sys
 import zlib
 from typing import TextIO
 
-from shards.errors import InputError, Parser, run
+from shards.command import Parser, run
+from shards.errors import InputError
 from shards.machine.lock import hold
 
 DESCRIPTION = """\
@@ -221,7 +222,7 @@ def _lock(dest: str) -> TextIO:
 
 def prepare(items, dest: str, arguments, options):
     """The job of one split: settings compared with those of an earlier run, tables written in shuffled order."""
-    from shards.format.split import write_whole
+    from shards.machine.files import write_whole
     from shards.sources.find import unpack_idx
     from shards.sources.items import save_table
     from shards.write.shard import Job
@@ -371,7 +372,7 @@ def finish(jobs, records: dict, max_bad: int, worked: bool) -> None:
         for entry in records[n, k]["bad"]
     ]
     if bad:
-        from shards.format.split import write_whole
+        from shards.machine.files import write_whole
 
         path = jobs[0].state("bad.txt")
         text = "".join(f"{split}\t{name}\t{reason}\n" for split, name, reason in bad)
@@ -450,7 +451,7 @@ def write_mean(job, records: list[dict], nsamples: int, height: int, width: int)
     """
     import numpy as np
 
-    from shards.format.split import write_whole
+    from shards.machine.files import write_whole
     from shards.write.shard import MEAN_PIXELS
 
     sums = [job.sums(shard) for shard, record in enumerate(records) if record["nsamples"]]

@@ -15,7 +15,8 @@ import zlib
 from typing import TYPE_CHECKING
 
 from shards.check import workers
-from shards.errors import EXIT_BAD_INPUT, InputError, Parser, few, run
+from shards.command import Parser, run
+from shards.errors import EXIT_BAD_INPUT, InputError, few
 from shards.format.names import list_tars, missing_numbers, natural
 from shards.format.split import (
     Member,
@@ -23,16 +24,13 @@ from shards.format.split import (
     Split,
     format_idx,
     idx_word,
-    is_remote,
     load_crc32,
     load_fields,
     load_labels,
     parse_idx,
     parse_npy,
     parse_split,
-    read_file,
     read_idx,
-    write_whole,
 )
 from shards.format.tar import BLOCK, Read, TarError, open_tar, samples, window_read
 from shards.index import (
@@ -47,6 +45,7 @@ from shards.index import (
 )
 from shards.machine import remote
 from shards.machine.cores import cores_given
+from shards.machine.files import is_remote, read_file, write_whole
 from shards.machine.progress import Progress
 
 if TYPE_CHECKING:

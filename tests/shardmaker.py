@@ -9,8 +9,9 @@ import tarfile
 
 import numpy as np
 
-from shards.format.split import Shard, Split, format_idx, load_split, save_column, save_split, write_whole
+from shards.format.split import Shard, Split, format_idx, load_split, save_column, save_split
 from shards.format.tar import scan
+from shards.machine.files import write_whole
 
 
 def raw_image(number: int, side: int) -> np.ndarray:

@@ -18,9 +18,10 @@ from job.fast import network as fast
 from job.ranks import agree, heartbeat
 from job.run import progress
 from job.run import step as passes
-from shards.errors import InputError, lone_process
+from shards.errors import InputError
 from shards.format.split import Shard, Split
 from shards.machine import caches
+from shards.machine.launcher import lone_process
 from shards.write import pool
 from tests.launch import error_lines, run
 

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from job.run import log as runlog
-from shards import errors as cli
+from shards import command
 from shards.errors import InputError
 from shards.machine import lock
 
@@ -112,7 +112,7 @@ def test_a_lock_that_is_never_freed_ends_with_the_code_that_is_requeued(held, as
     held(FIRST)
     as_job(7, restart=1)
     with pytest.raises(SystemExit) as ended:
-        cli.run(lambda: lock.hold(str(tmp_path / "lock"), str(tmp_path), "--out"))
+        command.run(lambda: lock.hold(str(tmp_path / "lock"), str(tmp_path), "--out"))
     assert ended.value.code == 75
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and f"delete {tmp_path}/lock" in errors[0]

@@ -8,8 +8,9 @@ import tarfile
 import pytest
 
 from shards.errors import InputError
-from shards.format.split import Shard, Split, format_idx, write_whole
+from shards.format.split import Shard, Split, format_idx
 from shards.format.tar import scan
+from shards.machine.files import write_whole
 from shards.read import reader
 from shards.read.reader import DamagedSample, ShardReader
 from tests.shardmaker import add, damage, image_offset, raw_image, write_split

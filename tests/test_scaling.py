@@ -21,7 +21,7 @@ import torch
 
 from job.scaling import __main__ as scaling
 from job.scaling import cost, study
-from shards import errors as cli
+from shards import command
 from shards.errors import InputError
 from tests import scaling_data
 from tests.cluster import Cluster, namespaces_refused
@@ -43,7 +43,7 @@ def report(path, *options: str) -> Done:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["scaling", "report", str(path), *options])
         with pytest.raises(SystemExit) as ended:
-            cli.run(scaling.main)
+            command.run(scaling.main)
     return Done(ended.value.code, *(stream.buffer.getvalue().decode() for stream in (out, err)))
 
 

@@ -10,8 +10,8 @@ import subprocess
 import sys
 
 import pytest
-import stage
 
+import stage
 from shards.format.split import load_split
 from shards.machine import progress
 from tests.launch import ROOT

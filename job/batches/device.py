@@ -13,8 +13,9 @@ import torch
 
 from job.batches.loader import Batch
 from shards.errors import InputError
-from shards.format.split import Split, parse_npy, read_file
+from shards.format.split import Split, parse_npy
 from shards.machine.caches import triton_lacks
+from shards.machine.files import read_file
 
 _BLOCK = 1024  # values of an image that one Triton program makes
 

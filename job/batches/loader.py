@@ -26,8 +26,9 @@ from job.batches.cores import default_workers, worker_cores
 from job.batches.reader import BAD, DONE, FAILED, WRONG_INPUT, Decoder, Job, Slots, pack_message, unpack_message
 from shards import ROOT
 from shards.errors import InputError
-from shards.format.split import Split, check_regular, is_remote, load_labels
+from shards.format.split import Split, load_labels
 from shards.format.tar import BLOCK, refuse_foreign
+from shards.machine.files import check_regular, is_remote
 from shards.read.images import slow_decoder
 
 # Batches read ahead of the one that is asked for, and batches that the caller may still be using: the one in hand, and

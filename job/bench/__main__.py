@@ -8,7 +8,7 @@ import argparse
 import importlib
 import json
 
-from shards.errors import Parser, run
+from shards.command import Parser, run
 
 # Subject -> the module that measures it. Each has DESCRIPTION, add_options(parser), measure(arguments) -> dict and
 # text(result) -> str, and imports what is slow to import inside of `measure`.

@@ -16,15 +16,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from shards.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_INTERRUPTED,
-    EXIT_STOPPED,
-    InputError,
-    drop_output,
-    launched_rank,
-    lone_process,
-)
+from shards.command import drop_output
+from shards.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, InputError
+from shards.machine.launcher import launched_rank, lone_process
 from shards.machine.progress import on_terminal
 
 try:

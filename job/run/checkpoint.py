@@ -19,7 +19,7 @@ import torch
 
 from job.config import from_flat
 from shards.errors import InputError
-from shards.format.split import sync_folder, write_whole
+from shards.machine.files import sync_folder, write_whole
 
 if TYPE_CHECKING:
     from job.network.alexnet import AlexNet

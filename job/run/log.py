@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from shards.errors import InputError, drop_output
-from shards.format.split import write_whole
+from shards.command import drop_output
+from shards.errors import InputError
+from shards.machine.files import write_whole
 from shards.machine.lock import hold
 from shards.machine.progress import Line
 

@@ -17,8 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from job.config import Config
 from job.run.timing import SECTIONS, StepTimer
 from shards import ROOT
-from shards.format.split import Split, is_remote
+from shards.format.split import Split
 from shards.machine.caches import file_system
+from shards.machine.files import is_remote
 
 _HOST_BYTES = 64  # of a host name, gathered as a tensor like the rest
 # Settings of the layers below that change the speed of an allreduce.

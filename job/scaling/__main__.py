@@ -17,7 +17,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from shards.errors import InputError, Parser, run
+from shards.command import Parser, run
+from shards.errors import InputError
 
 if TYPE_CHECKING:  # these bring numpy, for which --help must not wait
     from job.scaling.report import Assumed

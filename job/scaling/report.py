@@ -20,7 +20,7 @@ from job.scaling.model import COMPUTE, EXPOSED, REST, SECTIONS, STRAGGLERS, TO_D
 from job.scaling.page import figures, page
 from job.scaling.study import MODES, Size, Study
 from shards.errors import InputError
-from shards.format.split import write_whole
+from shards.machine.files import write_whole
 
 # Sizes that the curves of a prediction are drawn for.
 PREDICTED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 10000)

@@ -25,9 +25,10 @@ import psutil
 from job.run.log import lock
 from job.scaling.model import EXPOSED, SECTIONS, STRAGGLERS, Gradient, Measured
 from shards import ROOT
-from shards.errors import InputError, Parser, printable
-from shards.format.split import write_whole
+from shards.command import Parser
+from shards.errors import InputError, printable
 from shards.machine.cores import cores_given
+from shards.machine.files import write_whole
 from shards.machine.progress import Line, duration
 
 SYNTHETIC = "synthetic"

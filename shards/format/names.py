@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 
 from shards.errors import InputError, few
-from shards.format.split import is_remote
+from shards.machine.files import is_remote
 from shards.sources.spellings import split_word
 
 

@@ -5,17 +5,16 @@ In: a folder or URL of shards. Out: `Split` (what there is), `load_labels` (the 
 """
 
 import dataclasses
-import errno
 import hashlib
 import io
 import json
 import math
 import os
 import re
-import stat
 from typing import TYPE_CHECKING
 
 from shards.errors import InputError, few, nearest
+from shards.machine.files import REMOTE_SCHEMES, is_remote, read_file, write_whole
 
 if TYPE_CHECKING:  # numpy is imported where it is used: --help of the commands that read a split must not wait for it
     import numpy as np
@@ -24,7 +23,6 @@ INDEX_VERSION = "v1.2"  # first word of an .idx file as NVIDIA DALI's wds2idx wr
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of image members, in lower case, unless the encoding is "raw"
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-REMOTE_SCHEMES = ("http", "https", "s3", "gs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,53 +281,6 @@ def save_column(folder: str, name: str, values: "np.ndarray") -> str:
     np.save(buffer, values, allow_pickle=False)
     write_whole(os.path.join(folder, name), buffer.getvalue())
     return hashlib.sha256(buffer.getvalue()).hexdigest()
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL of another machine."""
-    return path.partition("://")[0].lower() in REMOTE_SCHEMES and "://" in path
-
-
-def read_file(path: str) -> bytes:
-    """The whole of a small file, local or remote. Raises OSError (FileNotFoundError) or, for a URL, InputError."""
-    if is_remote(path):
-        from shards.machine import remote
-
-        return remote.read_file(path)
-    check_regular(path)
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def check_regular(path: str) -> None:
-    """Raise OSError unless a path is of a file: an index may name a pipe, which waits, or a device without an end."""
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, f"it is {'a folder, ' if stat.S_ISDIR(mode) else ''}not a file", path)
-
-
-def sync_folder(folder: str) -> None:
-    """Make renames in a folder lasting."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(path: str, data: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk and rename it: never half a file under `path`."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
 
 
 def idx_path(tar: str) -> str:

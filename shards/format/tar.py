@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from shards.errors import InputError, short
-from shards.format.split import Member, check_regular, idx_word, is_remote
+from shards.format.split import Member, idx_word
+from shards.machine.files import check_regular, is_remote
 
 BLOCK = 512  # bytes; a tar is made of such blocks
 _ZEROS = bytes(BLOCK)

@@ -15,19 +15,9 @@ import tarfile
 import time
 
 from shards.errors import InputError, few
-from shards.format.split import (
-    IMAGE_EXTENSIONS,
-    INDEX_VERSION,
-    Member,
-    Shard,
-    Split,
-    check_regular,
-    image_member,
-    is_remote,
-    read_file,
-    read_idx,
-)
+from shards.format.split import IMAGE_EXTENSIONS, INDEX_VERSION, Member, Shard, Split, image_member, read_idx
 from shards.format.tar import refuse_foreign
+from shards.machine.files import check_regular, is_remote, read_file
 
 # Environment variable: a folder on the node's own disk in which remote shards are kept. Without it every image is a
 # request of its own, which is for trying out only.

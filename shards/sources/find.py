@@ -12,7 +12,8 @@ import zlib
 import numpy as np
 
 from shards.errors import InputError
-from shards.format.split import image_member, is_remote, load_labels, load_split, read_idx
+from shards.format.split import image_member, load_labels, load_split, read_idx
+from shards.machine.files import is_remote
 from shards.sources import ilsvrc
 from shards.sources.folders import find_in_folders, holds_classes, only_folder, split_folders
 from shards.sources.items import Items, Rows

@@ -13,7 +13,8 @@ import time
 import traceback
 from collections.abc import Callable
 
-from shards.errors import InputError, lone_process
+from shards.errors import InputError
+from shards.machine.launcher import lone_process
 from shards.write.shard import Job, Packer
 
 Task = tuple[int, int]  # number of the job, number of the shard

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from shards.errors import InputError
-from shards.format.split import Member, format_idx, idx_path, sync_folder, write_whole
+from shards.format.split import Member, format_idx, idx_path
+from shards.machine.files import sync_folder, write_whole
 from shards.read import images
 from shards.read.images import BadImage
 from shards.sources.items import Items, Reader, load_table

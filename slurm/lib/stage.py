@@ -16,8 +16,10 @@ import socket
 import sys
 import threading
 
-from shards.errors import InputError, Parser, run
-from shards.format.split import idx_path, is_remote, load_fields, parse_split, write_whole
+from shards.command import Parser, run
+from shards.errors import InputError
+from shards.format.split import idx_path, load_fields, parse_split
+from shards.machine.files import is_remote, write_whole
 from shards.machine.progress import Progress
 
 STREAMS = 8  # files at a time: a single one does not fill a parallel file system

@@ -1,0 +1,77 @@
+"""A command of this project: its argument parser, its output, its exit code.
+
+In: argv and a main function. Out: an exit code; of an error one line on stderr, from one rank of a job.
+"""
+
+import argparse
+import itertools
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from shards.errors import EXIT_INTERRUPTED, InputError, nearest
+from shards.machine.launcher import launched_rank
+
+_RANK0_SPEAKS_SECONDS = 15.0  # that a silent rank waits for rank 0 to find the same error and end the job
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are InputErrors, and which names the nearest option for an unknown one."""
+
+    def __init__(self, *args, **kwargs):
+        # Abbreviated options would change meaning when a new option is added.
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} ({self.prog} --help lists the options)")
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            commands = [a.choices.values() for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+            parsers = [self, *itertools.chain.from_iterable(commands)]
+            options = [s for p in parsers for a in p._actions for s in a.option_strings if s.startswith("--")]
+            word = unknown[0]
+            what = "option" if word.startswith("-") else "argument"
+            self.error(f"unknown {what} {word}{nearest(re.split('=', word)[0], options)}")
+        return parsed
+
+
+def drop_output() -> None:
+    """Nobody reads our output any more (head and less end early): whatever is printed from now on goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command's main and leave with its exit code. InputError: one line from one rank, exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # in a locale without the characters of some name
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except InputError as error:
+        if not error.everywhere or launched_rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        elif "PMI_FD" not in os.environ or {"mpi4py.MPI", "horovod.torch"} & sys.modules.keys():
+            # The launcher ends all ranks as soon as one has failed: rank 0 must have spoken before that. (That of MPICH
+            # and Intel MPI leaves the others alone as long as they have not called MPI_Init.)
+            time.sleep(_RANK0_SPEAKS_SECONDS)
+        code = error.exit_code
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        drop_output()
+        code = 1
+    except KeyboardInterrupt:
+        if launched_rank() == 0:
+            print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        code = EXIT_INTERRUPTED
+    sys.exit(code)

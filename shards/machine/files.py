@@ -1,0 +1,54 @@
+"""Files near and far: read whole, written whole or not at all."""
+
+import errno
+import os
+import stat
+
+REMOTE_SCHEMES = ("http", "https", "s3", "gs")
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL of another machine."""
+    return path.partition("://")[0].lower() in REMOTE_SCHEMES and "://" in path
+
+
+def read_file(path: str) -> bytes:
+    """The whole of a small file, local or remote. Raises OSError (FileNotFoundError) or, for a URL, InputError."""
+    if is_remote(path):
+        from shards.machine import remote
+
+        return remote.read_file(path)
+    check_regular(path)
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def check_regular(path: str) -> None:
+    """Raise OSError unless a path is of a file: an index may name a pipe, which waits, or a device without an end."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, f"it is {'a folder, ' if stat.S_ISDIR(mode) else ''}not a file", path)
+
+
+def sync_folder(folder: str) -> None:
+    """Make renames in a folder lasting."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: str, data: bytes) -> None:
+    """Write a file under a temporary name, flush it to disk and rename it: never half a file under `path`."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise

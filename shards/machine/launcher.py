@@ -1,0 +1,50 @@
+"""What a launcher (horovodrun, mpirun, srun) tells the processes that it starts, before MPI is initialised."""
+
+import os
+
+# Where it tells a process its rank.
+_RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
+
+
+def launched_rank() -> int:
+    """Rank of this process as its launcher (horovodrun, mpirun, srun) numbered it; 0 without one."""
+    for variable in _RANK_VARIABLES:
+        value = os.environ.get(variable, "")
+        if value.isdigit():
+            return int(value)
+    return 0
+
+
+# How many processes a launcher has started, the innermost launcher first, and what that is called.
+_SIZE_VARIABLES = {
+    "HOROVOD_SIZE": "horovodrun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun of Open MPI",
+    "MV2_COMM_WORLD_SIZE": "the launcher of MVAPICH",
+    "PMI_SIZE": "mpirun of MPICH or Intel MPI",
+    "SLURM_STEP_NUM_TASKS": "srun",  # set in a step alone, not in a batch script or in salloc's shell
+}
+
+
+def lone_process(size: int, library: str) -> str:
+    """What to say when a launcher started several processes and each believes to be alone; empty: all is well.
+
+    Args:
+        size: the number of processes that `library` (Horovod, mpi4py) sees.
+    """
+    set_here = {name: os.environ[name] for name in _SIZE_VARIABLES if os.environ.get(name, "").isdigit()}
+    name, count = next(iter(set_here.items()), ("", "1"))
+    if size > 1 or count == "1":
+        return ""
+    if name == "PMI_SIZE" and set_here.get("SLURM_STEP_NUM_TASKS") == count:  # srun --mpi=pmi2
+        name = "SLURM_STEP_NUM_TASKS"
+    launcher = _SIZE_VARIABLES[name]
+    advice = (
+        f"use the mpirun of the MPI that {library} was built with, or build it for this MPI: "
+        "bash slurm/install.sh --rebuild"
+    )
+    if launcher == "srun":
+        advice = (
+            f"use srun --mpi=pmix (srun --mpi=list shows what this cluster has), or mpirun -np {count} in its place; "
+            "for one process use srun -n 1"
+        )
+    return f"{launcher} started {count} processes, and {library} sees one, so each would do all of the work; {advice}"
