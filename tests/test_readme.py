@@ -1,9 +1,8 @@
-"""Every command in the README runs; its tables are those of the code."""
+"""Every command of the README files runs; links lead somewhere; the table of options is that of the code."""
 
 import re
 import shlex
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -12,6 +11,8 @@ from tests.imagenet40 import write_archives
 from tests.launch import ROOT, run
 
 README = (ROOT / "README.md").read_text()
+TRAINING = (ROOT / "job/README.md").read_text()
+DOCUMENTS = sorted(p for room in ("job", "shards", "slurm", "tests") for p in (ROOT / room).rglob("*.md"))
 
 # What makes a command small enough for a test: the same command with more options behind it.
 SMALLER = {
@@ -29,8 +30,8 @@ ELSEWHERE = (
 
 
 def commands() -> list[str]:
-    """Commands of the README's bash blocks in their order, lines joined, comments cut."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    """Commands of the bash blocks of both files in their order, lines joined, comments cut."""
+    blocks = re.findall(r"```bash\n(.*?)```", README + TRAINING, re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [" ".join(shlex.split(line, comments=True)) for line in lines if line.strip() and not line.startswith("#")]
 
@@ -55,7 +56,7 @@ def test_every_command_of_the_readme_runs(demo_data, tmp_path):
 
 
 def test_the_table_of_options_is_that_of_the_code():
-    rows = re.findall(r"^\| `--([\w.-]+)` \| (.*?) \| (.*?) \|$", README, re.M)
+    rows = re.findall(r"^\| `--([\w.-]+)` \| (.*?) \| (.*?) \|$", TRAINING, re.M)
     assert [name for name, _, _ in rows] == list(config.LEAVES)
     for name, default, text in rows:
         leaf = config.LEAVES[name][1]
@@ -63,11 +64,16 @@ def test_the_table_of_options_is_that_of_the_code():
         assert text == leaf.metadata["help"], name
 
 
-def test_files_that_the_readme_links_to_are_there():
-    for target in re.findall(r"\]\((?!https?://|#)([^)]+)\)", README):
-        assert (Path(ROOT) / target.split("#")[0]).exists(), target
+@pytest.mark.parametrize("document", [ROOT / "README.md", *DOCUMENTS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_that_are_there(document):
+    for target in re.findall(r"\]\((?!https?://|#)([^)]+)\)", document.read_text()):
+        assert (document.parent / target.split("#")[0]).exists(), target
+
+
+def test_the_readme_fits_two_screens_and_a_bit():
+    assert len(README.splitlines()) <= 140
 
 
 @pytest.mark.parametrize("recipe", ["paper", "krizhevsky", "large-batch", "demo"])
 def test_recipes_are_listed(recipe):
-    assert f"| `{recipe}` |" in README
+    assert f"| `{recipe}` |" in TRAINING

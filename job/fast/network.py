@@ -3,7 +3,7 @@ the layouts they are fastest with, and everything between them fused into the Tr
 
 In: the network of job.network.alexnet, a batch of uint8 crops. Out: the loss, and the gradients of the network's
 parameters, as autograd would give them (its plain twin, to which tests compare it). The ideas, measured in
-PERFORMANCE.md:
+README.md beside it:
 - conv1 as a 3x3 convolution over 4x4 blocks of pixels (48 channels): tensor cores need many channels;
 - a grouped convolution as one convolution a group, on tensors that the kernels before have written apart;
 - bias, ReLU, pool and LRN in one pass over rows of channels; backward, a pool reads and never adds atomically;

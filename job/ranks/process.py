@@ -135,7 +135,7 @@ def run_ranks(main: Callable[[], None]) -> NoReturn:
     stop_signals()
     if not heartbeat.ELASTIC:  # which must hear from the device itself that a message has failed
         # A GPU's stream waits for its messages, not the host: without this, what comes behind an allreduce is launched
-        # only when that is over, and the next batch is copied later still. 2 H100, batch 2 x 512: see PERFORMANCE.md.
+        # only when that is over, and the next batch is copied later still (job/fast/README.md).
         os.environ.setdefault("HOROVOD_ENABLE_ASYNC_COMPLETION", "1")
     hvd.init()
     if not heartbeat.ELASTIC and (problem := lone_process(hvd.size(), "Horovod")):
