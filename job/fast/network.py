@@ -14,15 +14,27 @@ README.md beside it:
 import torch
 from torch import Tensor
 
+from job.fast.batchnorm import BatchNorm, apply_slopes
+from job.fast.operations import (
+    SQUARE_TILE,
+    as_rows,
+    channels_last,
+    convolution,
+    convolution_backward,
+    convolution_relu,
+    convolutions_backward,
+    pooled_size,
+    power_of_two,
+    reduction,
+    tile,
+    weight_gradient,
+)
 from job.network.alexnet import LRN_ALPHA, LRN_BETA, LRN_K, AlexNet
 from job.network.sgd import aligned
 from shards.machine.caches import triton_lacks
 
 _LRN = dict(LRN_K=LRN_K, LRN_ALPHA=LRN_ALPHA, LRN_BETA=LRN_BETA)
-_TILE = 2048  # elements a Triton program holds at once
-_SQUARE_TILE = 1024  # the same where a row stands for a square of four pixels
 _IMAGE_PROGRAMS = 4  # programs an image in kernels that also sum gradients of biases
-_REDUCE_ROWS = 256  # rows of a program of relu_backward
 _BLOCK = 4  # pixels of a side of conv1's blocks: its stride
 
 
@@ -90,13 +102,13 @@ class Network:
         self._padded1 = torch.zeros(weight.shape[0], 3, 12, 12, device=device)
         for parameter, copy in self.copies.items():
             copy.copy_(parameter.detach())
-        self._norms: dict[str, _BatchNorm] = {}
+        self._norms: dict[str, BatchNorm] = {}
         if model.conv1.bias is None:
             half = model.conv4.weight.shape[0] // 2
             parts = {"1": slice(None), "2": slice(None), "3": slice(None), "5": slice(None)}
-            self._norms = {name: _BatchNorm(getattr(model, f"norm{name}"), part) for name, part in parts.items()}
-            self._norms["4a"] = _BatchNorm(model.norm4, slice(0, half))
-            self._norms["4b"] = _BatchNorm(model.norm4, slice(half, None))
+            self._norms = {name: BatchNorm(getattr(model, f"norm{name}"), part) for name, part in parts.items()}
+            self._norms["4a"] = BatchNorm(model.norm4, slice(0, half))
+            self._norms["4b"] = BatchNorm(model.norm4, slice(half, None))
         self._graphs: tuple | None = None
         if graphs and device.type == "cuda":
             self._record()
@@ -109,7 +121,7 @@ class Network:
         blocks = self.images.shape[1]
         prepare_blocks[(blocks, self.batch)](
             images, offsets, mirror.view(torch.uint8), images if mean is None else mean, self.images, height, width,
-            CROP=images.shape[1], BLOCKS=blocks, SIZE=_power_of_two(12 * blocks),
+            CROP=images.shape[1], BLOCKS=blocks, SIZE=power_of_two(12 * blocks),
             MEAN=0 if mean is None else 1 if (height, width) == (1, 1) else 2,
         )  # fmt: skip
         return self.images
@@ -164,20 +176,20 @@ class Network:
 
         # Convolutions. Each name that ends in `s` is a list of two tensors: the groups' halves of the channels.
         x0 = self.images.permute(0, 3, 1, 2)
-        z1 = _convolution(x0, self._filter1.permute(0, 3, 1, 2), 0)  # (N, 96, 55, 55)
+        z1 = convolution(x0, self._filter1.permute(0, 3, 1, 2), 0)  # (N, 96, 55, 55)
         x1s, kept1 = self._pool_and_normalise([z1], "1", split=True)  # (N, 48, 27, 27) each
-        z2s = [_convolution(x, f, 2) for x, f in zip(x1s, f2.chunk(2), strict=True)]
+        z2s = [convolution(x, f, 2) for x, f in zip(x1s, f2.chunk(2), strict=True)]
         x2s, kept2 = self._pool_and_normalise(z2s, "2", split=False)  # (N, 256, 13, 13)
-        z3 = _convolution(x2s[0], f3, 1)  # (N, 384, 13, 13)
+        z3 = convolution(x2s[0], f3, 1)  # (N, 384, 13, 13)
         x3s = self._bias_relu(z3, "3", split=True)
         z4s = x4s = None
         if self._norms:
-            z4s = [_convolution(x, f, 1) for x, f in zip(x3s, f4.chunk(2), strict=True)]
+            z4s = [convolution(x, f, 1) for x, f in zip(x3s, f4.chunk(2), strict=True)]
             x4s = [self._bias_relu(z, name)[0] for z, name in zip(z4s, ("4a", "4b"), strict=True)]
         else:
             biases4 = model.conv4.bias.to(self.dtype).chunk(2)
-            x4s = [_convolution_relu(x, f, b, 1) for x, f, b in zip(x3s, f4.chunk(2), biases4, strict=True)]
-        z5s = [_convolution(x, f, 1) for x, f in zip(x4s, f5.chunk(2), strict=True)]
+            x4s = [convolution_relu(x, f, b, 1) for x, f, b in zip(x3s, f4.chunk(2), biases4, strict=True)]
+        z5s = [convolution(x, f, 1) for x, f in zip(x4s, f5.chunk(2), strict=True)]
         pooled5, kept5 = self._pool_last(z5s)  # (N, 9216)
         features, norm6 = self._normalise_features(pooled5)
         self._saved = x0, x1s, kept1, x2s[0], kept2, z3, x3s, z4s, x4s, kept5, pooled5, norm6
@@ -192,13 +204,13 @@ class Network:
         self.loss = self._cross_entropy(logits, model.fc8.bias)
         d8 = logits  # its memory now holds the gradient
         torch.sum(d8, 0, dtype=torch.float32, out=model.fc8.bias.grad)
-        _weight_gradient(d8, h7, model.fc8.weight.grad)
+        weight_gradient(d8, h7, model.fc8.weight.grad)
         d7 = torch.mm(d8, w8)
         self._relu_backward([d7], [h7], d7, model.fc7.bias.grad, dropped=True)
-        _weight_gradient(d7, h6, model.fc7.weight.grad)
+        weight_gradient(d7, h6, model.fc7.weight.grad)
         d6 = torch.mm(d7, w7)
         self._relu_backward([d6], [h6], d6, model.fc6.bias.grad, dropped=True)
-        _weight_gradient(d6, features, model.fc6.weight.grad)
+        weight_gradient(d6, features, model.fc6.weight.grad)
         self._d_features = torch.mm(d6, w6)
 
     @torch.no_grad()
@@ -208,26 +220,26 @@ class Network:
         f2, f3, f4, f5 = self._filters
         d_pooled5 = self._normalise_features_backward(self._d_features, pooled5, norm6)
         d5s = self._pool_last_backward(d_pooled5, kept5)
-        d4s = _convolutions_backward(d5s, x4s, f5, 1, model.conv5.weight.grad)
+        d4s = convolutions_backward(d5s, x4s, f5, 1, model.conv5.weight.grad)
         if self._norms:
             for d, x, z, name in zip(d4s, x4s, z4s, ("4a", "4b"), strict=True):
-                self._relu_backward([_rows(d)], [_rows(x)], _rows(d), normalised=(self._norms[name], _rows(z)))
+                self._relu_backward([as_rows(d)], [as_rows(x)], as_rows(d), normalised=(self._norms[name], as_rows(z)))
         else:
             for d, x, bias in zip(d4s, x4s, model.conv4.bias.grad.chunk(2), strict=True):
-                self._relu_backward([_rows(d)], [_rows(x)], _rows(d), bias)
-        d3s = _convolutions_backward(d4s, x3s, f4, 1, model.conv4.weight.grad)
-        d3 = torch.empty(*_rows(x2).shape[:3], 2 * x3s[0].shape[1], device=x2.device, dtype=self.dtype)
+                self._relu_backward([as_rows(d)], [as_rows(x)], as_rows(d), bias)
+        d3s = convolutions_backward(d4s, x3s, f4, 1, model.conv4.weight.grad)
+        d3 = torch.empty(*as_rows(x2).shape[:3], 2 * x3s[0].shape[1], device=x2.device, dtype=self.dtype)
         if self._norms:
-            normalised = self._norms["3"], _rows(z3)
-            self._relu_backward([_rows(d) for d in d3s], [_rows(x) for x in x3s], d3, normalised=normalised)
+            normalised = self._norms["3"], as_rows(z3)
+            self._relu_backward([as_rows(d) for d in d3s], [as_rows(x) for x in x3s], d3, normalised=normalised)
         else:
-            self._relu_backward([_rows(d) for d in d3s], [_rows(x) for x in x3s], d3, model.conv3.bias.grad)
-        (d2,) = _convolutions_backward([d3.permute(0, 3, 1, 2)], [x2], f3, 1, model.conv3.weight.grad)
+            self._relu_backward([as_rows(d) for d in d3s], [as_rows(x) for x in x3s], d3, model.conv3.bias.grad)
+        (d2,) = convolutions_backward([d3.permute(0, 3, 1, 2)], [x2], f3, 1, model.conv3.weight.grad)
         d2s = self._pool_and_normalise_backward([d2], kept2, "2", split=True)
-        d1s = _convolutions_backward(d2s, x1s, f2, 2, model.conv2.weight.grad)
+        d1s = convolutions_backward(d2s, x1s, f2, 2, model.conv2.weight.grad)
         (d1,) = self._pool_and_normalise_backward(d1s, kept1, "1", split=False)
         filter1 = self._filter1.permute(0, 3, 1, 2)
-        _, gradient, _ = _backward(d1, x0, filter1, 0, needs_input=False)
+        _, gradient, _ = convolution_backward(d1, x0, filter1, 0, needs_input=False)
         out = gradient.shape[0]
         gradient = gradient.permute(0, 2, 3, 1).reshape(out, 3, 3, 4, 4, 3).permute(0, 5, 1, 3, 2, 4)
         model.conv1.weight.grad.copy_(gradient.reshape(out, 3, 12, 12)[:, :, :11, :11])
@@ -247,15 +259,15 @@ class Network:
 
     def _pool_and_normalise(self, zs: list[Tensor], name: str, split: bool) -> tuple[list[Tensor], tuple]:
         """Bias, ReLU, max-pool, and LRN if any: outputs (two where `split`), and what the backward pass needs."""
-        from job.fast.kernels import lrn_forward, pool_forward
+        from job.fast.pooling import lrn_forward, pool_forward
 
         n, _, height, width = zs[0].shape
         channels = sum(z.shape[1] for z in zs)
-        rows, block = _tile(channels)
+        rows, block = tile(channels)
         before, after = self.model.lrn_place == "before-pool", self.model.lrn_place == "after-pool"
         affine = name in self._norms
         scale, bias = self._before_relu(zs, name)
-        pooled = _pooled(height), _pooled(width)
+        pooled = pooled_size(height), pooled_size(width)
         parts = 2 if split else 1
         outs = [self._new(n, *pooled, channels // parts) for _ in range(parts)]
         index = torch.empty(n, *pooled, channels, device=bias.device, dtype=torch.uint8)
@@ -280,20 +292,20 @@ class Network:
 
     def _pool_and_normalise_backward(self, ds: list[Tensor], saved: tuple, name: str, split: bool) -> list[Tensor]:
         """Gradients of what the convolution gave (two where `split`), from those of the outputs `ds`."""
-        from job.fast.kernels import unpool_lrn
+        from job.fast.pooling import unpool_lrn
 
         zs, kept, index, scale, bias = saved
         n, _, height, width = zs[0].shape
         channels = index.shape[-1]
         parts = 2 if split else 1
         outs = [self._new(n, height, width, channels // parts) for _ in range(parts)]
-        ds = [_channels_last(d) for d in ds]
+        ds = [channels_last(d) for d in ds]
         if self.model.lrn_place != "before-pool":
             self._unpool(self._pooled_backward(ds, kept, index, scale, bias, name), index, zs, outs, name)
             return outs
         norm = self._norms.get(name)
         partial = torch.empty(2 if norm else 1, n * _IMAGE_PROGRAMS, channels, device=bias.device)
-        rows, block = _tile(channels, elements=_SQUARE_TILE)
+        rows, block = tile(channels, elements=SQUARE_TILE)
         unpool_lrn[(_IMAGE_PROGRAMS, n)](
             ds[0], ds[-1], index, zs[0], zs[-1], scale, bias, outs[0], outs[-1], partial,
             H=height, W=width, C=channels, AFFINE=norm is not None, SPLIT_D=len(ds) == 2, SPLIT=split, **_LRN,
@@ -302,7 +314,7 @@ class Network:
         if norm:
             norm.backward(partial)
             for out, z, slopes in zip(outs, zs, norm.slopes.chunk(parts, 1), strict=True):
-                _scale_gradient(_rows(out), _rows(z), slopes.contiguous())
+                apply_slopes(as_rows(out), as_rows(z), slopes.contiguous())
         else:
             torch.sum(partial[0], 0, out=getattr(self.model, f"conv{name}").bias.grad)
         return outs
@@ -311,10 +323,10 @@ class Network:
         self, ds: list[Tensor], kept: Tensor, index: Tensor, scale: Tensor, bias: Tensor, name: str, planes=False
     ) -> Tensor:
         """Gradients at the maxima, (N, PH, PW, C), through ReLU and LRN if any; and that of the bias."""
-        from job.fast.kernels import pooled_backward
+        from job.fast.pooling import pooled_backward
 
         n, height, width, channels = index.shape
-        rows, block = _tile(channels)
+        rows, block = tile(channels)
         norm = self._norms.get(name)
         partial = torch.empty(2 if norm else 1, n * _IMAGE_PROGRAMS, channels, device=bias.device)
         at_maxima = torch.empty_like(index, dtype=self.dtype)
@@ -331,11 +343,11 @@ class Network:
 
     def _unpool(self, at_maxima: Tensor, index: Tensor, zs: list[Tensor], outs: list[Tensor], name: str) -> None:
         """Backward of max-pooling, (N, PH, PW, C) gradients and places of the maxima, into one or two tensors."""
-        from job.fast.kernels import unpool
+        from job.fast.pooling import unpool
 
         n, _, _, channels = index.shape
         height, width = outs[0].shape[2:]
-        rows, block = _tile(channels, elements=_SQUARE_TILE)
+        rows, block = tile(channels, elements=SQUARE_TILE)
         norm = self._norms.get(name)
         squares = -(-height // 2) * -(-width // 2)
         unpool[(-(-squares // rows), n)](
@@ -345,14 +357,14 @@ class Network:
 
     def _pool_last(self, zs: list[Tensor]) -> tuple[Tensor, tuple]:
         """Bias, ReLU and max-pool of the last convolution: features (N, C * H * W) in planes, as fc6 reads them."""
-        from job.fast.kernels import pool_forward
+        from job.fast.pooling import pool_forward
 
         n, half, height, width = zs[0].shape
         channels = 2 * half
-        rows, block = _tile(channels)
+        rows, block = tile(channels)
         affine = "5" in self._norms
         scale, bias = self._before_relu(zs, "5")
-        pooled = _pooled(height), _pooled(width)
+        pooled = pooled_size(height), pooled_size(width)
         features = torch.empty(n, channels * pooled[0] * pooled[1], device=bias.device, dtype=self.dtype)
         index = torch.empty(n, *pooled, channels, device=bias.device, dtype=torch.uint8)
         kept = torch.empty_like(index, dtype=self.dtype) if affine else features
@@ -401,7 +413,7 @@ class Network:
         n, channels, height, width = z.shape
         parts = 2 if split else 1
         outs = [self._new(n, height, width, channels // parts) for _ in range(parts)]
-        rows, block = _tile(channels, most=512)
+        rows, block = tile(channels, most=512)
         scale, bias = self._before_relu([z], name)
         bias_relu[(-(-n * height * width // rows), -(-channels // block))](
             z, scale, bias, outs[0], outs[-1], self.seed, n * height * width,
@@ -414,7 +426,7 @@ class Network:
         from job.fast.kernels import bias_relu
 
         n, channels = z.shape
-        rows, block = _tile(channels, most=512)
+        rows, block = tile(channels, most=512)
         bias_relu[(-(-n // rows), -(-channels // block))](
             z, bias, bias, z, z, self.seed, n,
             C=channels, SPLIT=False, DROP=self.model.dropout, AFFINE=False, LAYER=layer, R=rows, CB=block,
@@ -437,8 +449,8 @@ class Network:
 
         channels = out.shape[-1]
         total = out.numel() // channels
-        rows, block = _tile(channels, most=128)
-        steps, programs = _reduction(total, rows)
+        rows, block = tile(channels, most=128)
+        steps, programs = reduction(total, rows)
         norm, z = normalised or (None, out)
         partial = torch.empty(2 if norm else 1, programs, channels, device=out.device)
         relu_backward[(programs, -(-channels // block))](
@@ -450,7 +462,7 @@ class Network:
             torch.sum(partial[0], 0, out=bias_gradient)
             return
         norm.backward(partial)
-        _scale_gradient(out, z, norm.slopes)
+        apply_slopes(out, z, norm.slopes)
 
     def _cross_entropy(self, logits: Tensor, bias: Tensor) -> Tensor:
         """Mean loss of a batch, (N, classes) logits without their bias; their memory gets the gradient."""
@@ -459,7 +471,7 @@ class Network:
         n, classes = logits.shape
         losses = torch.empty(n, device=logits.device)
         cross_entropy[(n,)](
-            logits, bias, self.labels, losses, logits, n, C=classes, CB=_power_of_two(classes), num_warps=4
+            logits, bias, self.labels, losses, logits, n, C=classes, CB=power_of_two(classes), num_warps=4
         )
         return losses.mean()
 
@@ -471,136 +483,3 @@ def _one_gradient(parameters: list[torch.nn.Parameter]) -> Tensor:
     for parameter, part in zip(parameters, flat.split(sizes), strict=True):
         parameter.grad = part[: parameter.numel()].view(parameter.shape)
     return flat
-
-
-class _BatchNorm:
-    """Batch normalisation of what a convolution gave, or of a part of its channels, in training.
-
-    Attributes:
-        slopes: float32 (3, C), after `backward`: the input's gradient is slopes[0] d + slopes[1] + slopes[2] z.
-    """
-
-    def __init__(self, norm: torch.nn.BatchNorm2d, part: slice):
-        self._norm, self._first = norm, not part.start
-        self._weight, self._bias = norm.weight.detach()[part], norm.bias.detach()[part]
-        self._weight_gradient, self._bias_gradient = norm.weight.grad[part], norm.bias.grad[part]
-        self._running = norm.running_mean[part], norm.running_var[part]
-        channels, device = len(self._weight), self._weight.device
-        self._factors = torch.zeros(4, channels, device=device)
-        self.slopes = torch.zeros(3, channels, device=device)
-        self._count = 0
-
-    def measure(self, zs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean and variance of a batch, (N, C, H, W) in one or two tensors; how to normalise it: factor and summand."""
-        from job.fast.kernels import batch_norm_forward, column_sums
-
-        n, _, height, width = zs[0].shape
-        channels = len(self._weight)
-        self._count = n * height * width
-        rows, block = _tile(channels)
-        steps, programs = _reduction(self._count, rows)
-        partial = torch.empty(2, programs, channels, device=self._weight.device)
-        column_sums[(programs, 1)](
-            zs[0], zs[-1], partial, self._count, C=channels, SPLIT=len(zs) == 2, STEPS=steps, R=rows, CB=block
-        )
-        batch_norm_forward[(1,)](
-            partial.sum(1, dtype=torch.float64), self._weight, self._bias, *self._running, self._factors, self._count,
-            EPS=self._norm.eps, MOMENTUM=self._norm.momentum, C=channels, CB=block,
-        )  # fmt: skip
-        if self._first:
-            self._norm.num_batches_tracked += 1
-        return self._factors[0], self._factors[1]
-
-    def backward(self, partial: Tensor) -> None:
-        """Gradients of weight and bias, and `slopes`, from (2, ., C): parts of the sums of d and of d times z."""
-        from job.fast.kernels import batch_norm_backward
-
-        channels = len(self._weight)
-        batch_norm_backward[(1,)](
-            partial.sum(1, dtype=torch.float64), self._factors, self._weight_gradient, self._bias_gradient,
-            self.slopes, self._count, C=channels, CB=_power_of_two(channels),
-        )  # fmt: skip
-
-
-def _scale_gradient(d: Tensor, z: Tensor, slopes: Tensor) -> None:
-    """Gradient of a batch normalisation's output, (..., C), into that of its input `z`, in place."""
-    from job.fast.kernels import scale_gradient
-
-    channels = d.shape[-1]
-    total = d.numel() // channels
-    rows, block = _tile(channels, most=512)
-    scale_gradient[(-(-total // rows), -(-channels // block))](d, z, slopes, total, C=channels, R=rows, CB=block)
-
-
-def _reduction(total: int, rows: int) -> tuple[int, int]:
-    """Blocks of `rows` a program, and programs, where programs sum over `total` rows."""
-    steps = max(1, _REDUCE_ROWS // rows)
-    return steps, -(-total // (rows * steps))
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is n or more."""
-    return 1 << (n - 1).bit_length()
-
-
-def _tile(channels: int, most: int = 1 << 20, elements: int = _TILE) -> tuple[int, int]:
-    """Rows and columns of a program's tile for rows of `channels`; columns: all, or `most`."""
-    block = min(_power_of_two(channels), most)
-    return max(1, elements // block), block
-
-
-def _pooled(size: int) -> int:
-    return (size - 3) // 2 + 1
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(N, C, H, W) with channels last in memory, as the contiguous (N, H, W, C)."""
-    return _channels_last(x).permute(0, 2, 3, 1)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _convolution(x: Tensor, filters: Tensor, padding: int) -> Tensor:
-    """Convolution without bias, stride 1."""
-    one = [1, 1]
-    z = torch.ops.aten.convolution(x, filters, None, one, [padding] * 2, one, False, [0, 0], 1)
-    return _channels_last(z)
-
-
-def _convolution_relu(x: Tensor, filters: Tensor, bias: Tensor, padding: int) -> Tensor:
-    """ReLU(convolution + bias) in one kernel of cuDNN."""
-    if not x.is_cuda:
-        return _channels_last(torch.relu(torch.conv2d(x, filters, bias, padding=padding)))
-    one = [1, 1]
-    return _channels_last(torch.cudnn_convolution_relu(x, filters, bias, one, [padding] * 2, one, 1))
-
-
-def _backward(d: Tensor, x: Tensor, filters: Tensor, padding: int, needs_input: bool = True) -> tuple:
-    one = [1, 1]
-    wanted = [needs_input, True, False]
-    return torch.ops.aten.convolution_backward(d, x, filters, None, one, [padding] * 2, one, False, [0, 0], 1, wanted)
-
-
-def _convolutions_backward(
-    ds: list[Tensor], xs: list[Tensor], filters: Tensor, padding: int, gradient: Tensor
-) -> list[Tensor]:
-    """Gradients of each group's input; those of the filters go into `gradient`."""
-    inputs = []
-    parts = zip(ds, xs, filters.chunk(len(ds)), gradient.chunk(len(ds)), strict=True)
-    for d, x, part, part_gradient in parts:
-        d_input, d_filters, _ = _backward(d, x, part, padding)
-        part_gradient.copy_(d_filters)
-        inputs.append(d_input)
-    return inputs
-
-
-def _weight_gradient(d: Tensor, x: Tensor, out: Tensor) -> None:
-    """d^T x into `out`, float32, with sums in float32 where the GPU does that."""
-    if d.dtype == torch.float32:
-        torch.mm(d.t(), x, out=out)
-    elif d.is_cuda:
-        torch.ops.aten.mm.dtype_out(d.t(), x, torch.float32, out=out)
-    else:
-        out.copy_(torch.mm(d.t(), x))
