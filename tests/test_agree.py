@@ -188,7 +188,7 @@ def two_ranks(code: str, timeout: float = 120, **env: str) -> subprocess.Complet
     """`code` under horovodrun -np 2, as job.ranks.process runs the commands."""
     launcher = os.path.join(os.path.dirname(sys.executable), "horovodrun")
     program = "import horovod.torch as hvd, torch\nfrom job.ranks import agree, process as ranks\n"
-    program += f"from shards.errors import run\n{code}"
+    program += f"from shards.command import run\n{code}"
     return run(launcher, "-np", "2", sys.executable, "-c", program, timeout=timeout, env=env)
 
 

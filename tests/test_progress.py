@@ -108,13 +108,13 @@ def test_durations(seconds, text):
 
 
 def test_a_reader_that_ends_early_leaves_no_traceback():
-    code = "from shards.errors import run\nrun(lambda: print('x' * 100000))"
+    code = "from shards.command import run\nrun(lambda: print('x' * 100000))"
     done = run("bash", "-c", f'{sys.executable} -c "{code}" | head -c 1; exit ${{PIPESTATUS[0]}}')
     assert (done.returncode, done.stdout, done.stderr) == (1, "x", "")
 
 
 def test_ctrl_c_is_one_line_and_exit_code_130():
-    code = "import time; from shards.errors import run; run(lambda: (print('on', flush=True), time.sleep(60)))"
+    code = "import time; from shards.command import run; run(lambda: (print('on', flush=True), time.sleep(60)))"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
