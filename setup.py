@@ -25,6 +25,7 @@ HOROVOD_REQUIRES = ["cloudpickle>=2.2", "psutil>=5.9", "pyyaml>=6.0", "packaging
 EXTRAS = {
     "test": [
         "pytest>=8.2",
+        "pytest-xdist>=3.6",  # two files of tests at a time
         "hypothesis>=6.100",  # the invariants of the data stream are properties
         "ruff>=0.8",  # style check
         # Interprets the GPU kernels on a CPU. (CUDA's torch brings its own.)
