@@ -257,6 +257,9 @@ def test_which_mpirun_starts_ranks_of_which_mpi():
     open4, open5 = "mpirun (Open MPI) 4.1.4", "Open MPI v5.0.11, package: x"
     assert mpi.fits(open4, "Open MPI v4.1.4, package: x") and not mpi.fits(open4, open5)
     assert not mpi.fits(open5, HYDRA) and not mpi.fits(INTEL, open5)
+    spectrum = "mpirun (IBM Spectrum MPI) 10.4.0"
+    assert all(mpi.fits(same, same) for same in (open4, HYDRA, INTEL, spectrum))
+    assert not mpi.fits(spectrum, HYDRA) and not mpi.fits(HYDRA, spectrum)
     assert mpi.fits(HYDRA, INTEL) and mpi.fits(HYDRA, "CRAY MPICH version 8.1.28") and mpi.fits("", open5)
 
 
