@@ -33,6 +33,8 @@ EXTRAS = {
     ],
     "plots": [
         "matplotlib>=3.8",  # figures of the scaling report
+        "scipy>=1.12",  # its performance model
+        "jinja2>=3.1",  # its page
     ],
     "export": [
         "onnx>=1.16",  # the format itself, and its checker
@@ -53,7 +55,7 @@ if __name__ == "__main__":  # slurm/install.sh imports the lists above
         python_requires=PYTHONS,
         packages=find_packages(include=["job*", "shards*"]),
         package_data={
-            "job": ["recipes/*.yaml", "scaling/*.yaml", "scaling/*.csv", "*.sh"],
+            "job": ["recipes/*.yaml", "scaling/*.yaml", "scaling/*.csv", "scaling/*.j2", "*.sh"],
             "shards": ["demo/*", "read/jpeg.c"],
         },
         install_requires=[TORCH_RANGE, *REQUIRES],

@@ -9,7 +9,18 @@ import math
 import random
 from pathlib import Path
 
-from job.scaling.model import COMPUTE, EXPOSED, REST, TO_DEVICE, UPDATE, WAIT
+from job.scaling.study import (
+    COMPUTE,
+    EXPOSED,
+    REST,
+    TO_DEVICE,
+    UPDATE,
+    WAIT,
+    Plan,
+    create,
+    points_of,
+    save_point,
+)
 
 # AlexNet's layers as gradients become ready: bytes of weights, and share of the backward pass that is over then.
 LAYERS = (
@@ -104,16 +115,15 @@ def write_study(
     **machine,
 ) -> Path:
     """A study of `sizes` ranks with its points, as `job.scaling run` leaves it."""
-    from job.scaling.study import Plan, Point, _begin, points_of, save_point
-
-    plan = Plan(tuple(sizes), tuple(modes), (data,), batch, repeats, 100, 1, ())
-    _begin(str(path), plan)
+    plan = Plan(
+        sizes=tuple(sizes), modes=tuple(modes), data=(data,), global_batch=batch, repeats=repeats, steps=100, seed=1
+    )
+    create(str(path), plan)
     for point in points_of(plan):
         fields = timings(point.ranks, point.global_batch, point.repeat, per_node=per_node, **machine)
-        nodes = math.ceil(point.ranks / per_node)
-        made = Point(point.name, point.ranks, nodes, point.global_batch, data, point.repeat, "done", timings=fields)
-        made.command = f"horovodrun -np {point.ranks} python -m job.train"
-        save_point(str(path), made)
+        point.nodes, point.status, point.timings = math.ceil(point.ranks / per_node), "done", fields
+        point.command = f"horovodrun -np {point.ranks} python -m job.train"
+        save_point(str(path), point)
     return path
 
 

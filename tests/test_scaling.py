@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from job.scaling import __main__ as scaling
-from job.scaling import cost, study
+from job.scaling import cost, runs, study
 from shards import command
 from shards.errors import InputError
 from tests import scaling_data
@@ -208,6 +208,17 @@ def test_bandwidths(text, value):
     assert scaling.bandwidth(text) == value
 
 
+@pytest.mark.parametrize("module", scaling.PLOTS)
+def test_without_the_extra_plots_one_line_names_it(cluster, module):
+    """And `run`, which needs none of it, gets as far as its own errors."""
+    code = f"import sys; sys.modules[{module!r}] = None; from job.scaling import __main__ as m; m.run(m.main)"
+    done = run(sys.executable, "-c", code, "report", str(cluster))
+    assert done.returncode == 2
+    (line,) = error_lines(done)
+    assert module in line and "alexnet-horovod[plots]" in line and "bash slurm/install.sh" in line
+    assert "no data folder nowhere" in run(sys.executable, "-c", code, "run", "--np", "1", "--data", "nowhere").stderr
+
+
 def test_predict_prints_sizes_with_intervals_and_assumptions(cluster, capsys, monkeypatch):
     monkeypatch.setattr(
         "sys.argv", ["s", "predict", str(cluster), "--gpus", "128,10000", "--network", "200Gb/s", "--json"]
@@ -247,8 +258,8 @@ def fake_runs(monkeypatch, fail=(), environment=None):
     """Let points 'run' at once; returns the names in the order in which they did."""
     order = []
 
-    def here(path, plan, point, limit):
-        folder = Path(study._run_directory(path, point))
+    def at_once(path, plan, point, time_limit):
+        folder = Path(runs.run_directory(path, point))
         order.append(point.name)
         if len(order) in fail:
             point.error = "exit code 1: error: it broke"
@@ -258,46 +269,49 @@ def fake_runs(monkeypatch, fail=(), environment=None):
             made["environment"] = made["environment"] | environment
         (folder / "timings.json").write_text(json.dumps(made))
 
-    monkeypatch.setattr(study, "_run_here", here)
+    monkeypatch.setattr(runs, "run_local", at_once)
     return order
 
 
-PLAN = study.Plan((1, 2, 4), ("strong", "weak"), ("synthetic",), 64, 3, 20, 1, ())
+PLAN = study.Plan(
+    sizes=(1, 2, 4), modes=("strong", "weak"), data=("synthetic",), global_batch=64, repeats=3, steps=20, seed=1
+)
+HOW = runs.How()
 
 
-def test_repeats_run_in_random_order_and_an_interrupted_study_carries_on(tmp_path, monkeypatch):
+def test_repeats_run_in_random_order_and_an_interrupted_study_carries_on(tmp_path, monkeypatch, capsys):
     path = str(tmp_path / "study")
     order = fake_runs(monkeypatch)
-    here = study._run_here
+    at_once = runs.run_local
 
     def interrupted(*arguments):
         if len(order) == 7:
             raise KeyboardInterrupt
-        here(*arguments)
+        at_once(*arguments)
 
-    monkeypatch.setattr(study, "_run_here", interrupted)
+    monkeypatch.setattr(runs, "run_local", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        study.run(path, PLAN, lambda line: None)
-    monkeypatch.setattr(study, "_run_here", here)
-    lines = []
-    study.run(path, PLAN, lines.append)
+        runs.run(path, PLAN, HOW)
+    monkeypatch.setattr(runs, "run_local", at_once)
+    capsys.readouterr()
+    runs.run(path, PLAN, HOW)
     assert len(order) == len(set(order)) == 3 * 5  # every point once
-    assert "7 of them there already" in lines[0]
+    assert "7 of them there already" in capsys.readouterr().out.splitlines()[0]
     first, second, third = (sorted(order[i : i + 5]) for i in (0, 5, 10))
     assert [n[:-2] for n in first] == [n[:-2] for n in second] == [n[:-2] for n in third]
     assert len({tuple(n[:-2] for n in order[i : i + 5]) for i in (0, 5, 10)}) > 1  # orders of their own
-    study.run(path, PLAN, lines.append)
+    runs.run(path, PLAN, HOW)
     assert len(order) == 15
 
 
 def test_failed_points_stay_until_retried(tmp_path, monkeypatch):
     path = str(tmp_path / "study")
     order = fake_runs(monkeypatch, fail=(2,))
-    study.run(path, PLAN, lambda line: None)
+    runs.run(path, PLAN, HOW)
     assert [p.error for p in study.load(path).points if p.status == "failed"] == ["exit code 1: error: it broke"]
-    study.run(path, PLAN, lambda line: None)
+    runs.run(path, PLAN, HOW)
     assert len(order) == 15
-    study.run(path, PLAN, lambda line: None, retry=True)
+    runs.run(path, PLAN, runs.How(retry=True))
     assert order[1] == order[15] and len(order) == 16
     assert len(study.load(path).done) == 15
 
@@ -306,19 +320,19 @@ def test_a_study_stops_at_a_point_of_another_environment(tmp_path, monkeypatch):
     path = str(tmp_path / "study")
     order = fake_runs(monkeypatch, environment={"commit": "another"})
     with pytest.raises(InputError, match="commit is .*another.*--allow-mixed"):
-        study.run(path, PLAN, lambda line: None)
+        runs.run(path, PLAN, HOW)
     assert len(order) == 2
-    study.run(path, PLAN, lambda line: None, retry=True, mixed=True)
+    runs.run(path, PLAN, runs.How(retry=True, mixed=True))
     assert len(study.load(path).done) == 15
 
 
 def test_a_folder_holds_one_study(tmp_path, monkeypatch):
     path = str(tmp_path / "study")
     fake_runs(monkeypatch)
-    study.run(path, PLAN, lambda line: None)
-    other = study.Plan((1, 2), ("strong",), ("synthetic",), 32, 1, 20, 1, ())
+    runs.run(path, PLAN, HOW)
+    other = dataclasses.replace(PLAN, sizes=(1, 2), modes=("strong",), global_batch=32, repeats=1)
     with pytest.raises(InputError, match="global_batch 64, not 32"):
-        study.run(path, other, lambda line: None)
+        runs.run(path, other, HOW)
 
 
 @pytest.mark.long
@@ -403,12 +417,23 @@ def test_reports_of_measured_studies_are_rebuilt(tmp_path, name):
 
 
 def test_costs_by_hand():
-    own = cost.Own("own", 1, 8, 87600 * 8, 1, 8, 1.0, 0.1, 0, 0.5)
+    own = cost.Own(
+        name="own",
+        nodes=1,
+        gpus_per_node=8,
+        node_price=87600 * 8,
+        years=1,
+        node_kw=8,
+        pue=1.0,
+        kwh_price=0.1,
+        staff_per_year=0,
+        utilisation=0.5,
+    )
     assert own.gpu_hour(1.0) == pytest.approx(87600 / 8760 + 0.1)
     assert own.break_even(20.1) == pytest.approx(0.5)
     assert own.break_even(0.05) == math.inf
     cloud = cost.Cloud("cloud", 8, on_demand=2.0, spot=1.0, interruptions_per_node_hour=0.5)
-    prices = cost.Prices("p", "USD", "", "", (cloud,), (own,), 60, 30, (1, 24))
+    prices = cost.Prices("p", cloud=(cloud,), own=(own,), checkpoint_minutes=60, restart_minutes=30)
     found = cost.choices(prices, {4: 10.0, 8: 6.0, 16: 4.0})
     by = {(c.offer, c.gpus): c for c in found}
     assert by["cloud, on demand", 4].cost == 8 * 10 * 2.0  # whole nodes

@@ -1,4 +1,4 @@
-"""The performance model foretells sizes that it has not seen: published tables, made-up machines, measured studies."""
+"""The performance model predicts sizes that it has not seen: published tables, made-up machines, measured studies."""
 
 import csv
 import json
@@ -8,7 +8,9 @@ import pytest
 
 from job.scaling import model as scalingmodel
 from job.scaling import study
-from job.scaling.model import COMPUTE, EXPOSED, SECTIONS, Gradient, Measured, Scenario, allreduce_seconds
+from job.scaling.model import Scenario, allreduce_seconds
+from job.scaling.sizes import size_of, sizes_of
+from job.scaling.study import COMPUTE, EXPOSED, SECTIONS, Gradient, Measured
 from tests import scaling_data
 
 DATA = Path(__file__).parent / "data"
@@ -26,8 +28,18 @@ def published(ranks: int, batch: int, compute: float, communication: float) -> M
     return Measured(ranks, 1, batch, sections, compute + communication, synthetic=True)
 
 
-@pytest.mark.parametrize("network", ["AlexNet", "GoogLeNet", "VGG16", "ResNet50"])
-def test_theano_mpi_with_8_gpus_is_foretold_from_1_2_and_4_within_15_percent(network):
+def not_worse(what: str, error: float, known: float) -> None:
+    """Report a relative error of the model; fail where it is larger than the `known` one."""
+    print(f"{what}: predicted {error:+.1%} off, known {known:.1%}")
+    assert abs(error) < known + 0.005, f"{what} is predicted worse than before: {error:+.1%}, not {known:.1%}"
+
+
+@pytest.mark.parametrize(
+    "network, error, network_error",  # of images/s and of the seconds in the allreduce
+    [("AlexNet", 0.12, 0.474), ("GoogLeNet", 0.028, 0.502), ("VGG16", 0.033, 0.468), ("ResNet50", 0.011, 0.498)],
+)
+def test_theano_mpi_with_8_gpus_is_predicted_from_1_2_and_4(network, error, network_error):
+    """The 8 GPUs sit on two sockets and communicate half as fast as 2 and 4 do, which the model cannot know."""
     sizes, parameters = [], 0.0
     for row in table("theano_mpi.csv"):
         if row["model"] == network:
@@ -38,29 +50,26 @@ def test_theano_mpi_with_8_gpus_is_foretold_from_1_2_and_4_within_15_percent(net
             parameters = float(row["parameters_million"]) * 1e6
     (check,) = scalingmodel.leave_largest_out(sizes, [Gradient(int(4 * parameters), ready=1.0)])
     assert check.measured.ranks == 8
-    assert abs(check.error) < 0.15
-    # Where it is weak (-47 to -50 %): the 8 GPUs sit on two sockets, and communicate half as fast as 2 and 4 do.
-    assert abs(check.predicted.sections[EXPOSED] / check.measured.sections[EXPOSED] - 1) < 0.55
+    not_worse(f"{network} on 8 GPUs", check.error, error)
+    exposed = check.predicted.sections[EXPOSED] / check.measured.sections[EXPOSED] - 1
+    not_worse(f"the allreduce of {network}", exposed, network_error)
 
 
-@pytest.mark.parametrize(
-    "machine, limit",
-    [("Google K80", 0.05), ("Amazon K80", 0.05), ("DGX-1 P100", 0.20)],  # the DGX-1 is where the model is weak: +18 %
-)
-def test_tensorflow_alexnet_with_8_gpus_is_foretold_from_1_2_and_4(machine, limit):
+@pytest.mark.parametrize("machine, error", [("Google K80", 0.014), ("Amazon K80", 0.008), ("DGX-1 P100", 0.179)])
+def test_tensorflow_alexnet_with_8_gpus_is_predicted_from_1_2_and_4(machine, error):
     rows = [row for row in table("tensorflow_benchmarks.csv") if row["machine"].startswith(machine)]
     steps = {int(r["gpus"]): 512 * int(r["gpus"]) / float(r["images_per_second"]) for r in rows}
     sizes = [published(n, 512 * n, steps[1], max(0.0, step - steps[1])) for n, step in steps.items()]
     (check,) = scalingmodel.leave_largest_out(sizes, [Gradient(4 * 60_965_224, ready=1.0)])
-    assert abs(check.error) < limit
+    not_worse(f"8 GPUs of {machine}", check.error, error)
 
 
 @pytest.mark.parametrize("network", [2e9, 10e9, 50e9])
 @pytest.mark.parametrize("loader", [60_000.0, float("inf")])
-def test_a_made_up_cluster_of_64_ranks_is_foretold_from_1_to_32_within_15_percent(tmp_path, network, loader):
+def test_a_made_up_cluster_of_64_ranks_is_predicted_from_1_to_32_within_15_percent(tmp_path, network, loader):
     path = scaling_data.write_study(tmp_path / "study", modes=("weak",), network=network, loader=loader)
     found = study.load(str(path))
-    (check,) = scalingmodel.leave_largest_out([s.measured for s in found.sizes()], found.gradients)
+    (check,) = scalingmodel.leave_largest_out([s.measured for s in sizes_of(found)], found.gradients)
     assert check.measured.ranks == 64
     assert abs(check.error) < 0.15
     assert 0.97 * check.predicted.low < check.measured.images_per_second < 1.03 * check.predicted.high
@@ -92,7 +101,7 @@ def test_allreduce_hides_behind_what_is_left_of_the_backward_pass():
 def model(tmp_path_factory):
     path = scaling_data.write_study(tmp_path_factory.mktemp("model") / "study", network=2e9)
     found = study.load(str(path))
-    return scalingmodel.fit([s.measured for s in found.sizes()], found.gradients)
+    return scalingmodel.fit([s.measured for s in sizes_of(found)], found.gradients)
 
 
 def test_each_option_of_a_prediction_does_what_it_should(model):
@@ -125,23 +134,31 @@ def test_intervals_hold_the_prediction_and_grow_beyond_what_was_measured(model):
 def test_one_size_is_enough_to_predict_and_says_that_little_is_known(tmp_path):
     path = scaling_data.write_study(tmp_path / "study", sizes=(1,), modes=("strong",))
     found = study.load(str(path))
-    made = scalingmodel.fit([s.measured for s in found.sizes()], found.gradients)
+    made = scalingmodel.fit([s.measured for s in sizes_of(found)], found.gradients)
     predicted = made.predict(Scenario(64, 64 * 512, 4))
     assert predicted.high > 2 * predicted.low
-    assert scalingmodel.leave_largest_out([s.measured for s in found.sizes()], found.gradients) == []
+    assert scalingmodel.leave_largest_out([s.measured for s in sizes_of(found)], found.gradients) == []
+
+
+# With 4 hosts of 1 Gbit/s, the four share two cores and compute three times as slowly as one host.
+HOSTS_ERROR = {
+    ("cluster-100mbit.json", 2): 0.022,
+    ("cluster-100mbit.json", 4): 0.041,
+    ("cluster-1gbit.json", 2): 0.138,
+    ("cluster-1gbit.json", 4): 0.277,
+}
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in DATA.glob("cluster-*.json")))
-def test_hosts_joined_by_slow_links_are_foretold_from_one_rank_and_the_link_speed(name):
+def test_hosts_joined_by_slow_links_are_predicted_from_one_rank_and_the_link_speed(name):
     """Four hosts in network namespaces, their links shaped by tc tbf; measured with slurm/scaling.sh."""
     fields = json.loads((DATA / name).read_text())
     gradients = [Gradient(g["bytes"], g["ready"], g["name"], tuple(g["shape"])) for g in fields["gradients"]]
     points = [study.Point(**point) for point in fields["points"]]
-    sizes = {n: study._size([p for p in points if p.ranks == n]).measured for n in (1, 2, 4)}
+    sizes = {n: size_of([p for p in points if p.ranks == n]).measured for n in (1, 2, 4)}
     made = scalingmodel.fit([sizes[1]], gradients, links={"network bandwidth": fields["bandwidth"]})
     for ranks in (2, 4):
         m, predicted = sizes[ranks], made.predict(scalingmodel.scenario_of(sizes[ranks]))
         assert predicted.sections[EXPOSED] == pytest.approx(m.sections[EXPOSED], rel=0.15)
         error = predicted.images_per_second / m.images_per_second - 1
-        # Where it is weak (+28 %): the four hosts share two cores, and compute three times as slowly as one host.
-        assert abs(error) < (0.35 if (name, ranks) == ("cluster-1gbit.json", 4) else 0.15)
+        not_worse(f"{ranks} hosts of {name}", error, HOSTS_ERROR[name, ranks])
