@@ -1,4 +1,4 @@
-"""Measures one part of the job alone: `python -m job.bench loader [--json]`.
+"""Measure one part of the job alone: `python -m job.bench loader [--json]`.
 
 In: what to measure, and its options. Out: a few lines, or with --json one object that holds at least
 images_per_second, device and versions.
@@ -11,14 +11,14 @@ import json
 from shards.command import Parser, run
 
 # Subject -> the module that measures it. Each has DESCRIPTION, add_options(parser), measure(arguments) -> dict and
-# text(result) -> str, and imports what is slow to import inside of `measure`.
+# text(result) -> str, and imports slow modules in `measure`, so that --help does not wait for them.
 SUBJECTS = {
     "loader": "job.bench.loader",
     "compute": "job.bench.step",
     "allreduce": "job.bench.allreduce",
     "train": "job.bench.step",
 }
-# Those that ranks measure together, under horovodrun: rank 0 has the result.
+# Subjects that ranks measure together, under horovodrun; rank 0 has the result.
 OF_RANKS = ("compute", "allreduce", "train")
 
 
@@ -40,6 +40,7 @@ def parser() -> Parser:
 
 
 def main() -> None:
+    """The command."""
     arguments = parser().parse_args()
     subject = importlib.import_module(SUBJECTS[arguments.subject])
 

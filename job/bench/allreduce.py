@@ -4,23 +4,31 @@ In: two or more ranks under horovodrun. Out: seconds and bus bandwidth from 1 Ki
 2 (n - 1) / n times the bytes over the time: what each link of a ring carries (NVIDIA, nccl-tests, PERFORMANCE.md).
 """
 
+import argparse
 import statistics
 import sys
 import time
+from typing import TYPE_CHECKING, Any
+
+from shards.errors import InputError
+from shards.machine.progress import Line
+
+if TYPE_CHECKING:
+    import torch
 
 DESCRIPTION = "Latency and bus bandwidth of an allreduce among the ranks of horovodrun, by size of the message."
 
-_SECONDS = 1.0  # about so long for each size, at least _LEAST times
-_LEAST = 5
+_SECONDS = 1.0  # for each size
+_LEAST, _MOST = 5, 1000  # repetitions
 
 
-def add_options(parser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """The command line of this subject."""
     parser.add_argument("--largest", type=int, default=256, metavar="MIB", help="largest message, in MiB")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
-def measure(arguments) -> dict | None:
+def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Measure on all ranks; rank 0 returns the fields of the JSON object.
 
     Raises:
@@ -31,45 +39,18 @@ def measure(arguments) -> dict | None:
 
     from job.bench.loader import cpu_name, versions
     from job.ranks.agree import agree
-    from shards.errors import InputError
-    from shards.machine.progress import Line
 
     if hvd.size() < 2:
         raise InputError("an allreduce needs ranks: horovodrun -np 2 python -m job.bench allreduce")
     if arguments.largest < 1:
         raise InputError(f"--largest is {arguments.largest}; it must be 1 or more")
     device = agree(vars(arguments)).device
-    sizes = []
-    size = 1024
-    while size <= arguments.largest * 2**20:
-        sizes.append(size)
-        size *= 4
+    sizes = [1024 * 4**power for power in range(20) if 1024 * 4**power <= arguments.largest * 2**20]
     rows, line = [], Line(sys.stderr)
     for number, size in enumerate(sizes, 1):
         if hvd.rank() == 0:
             line.show(f"allreduce of {size_text(size)}, size {number} of {len(sizes)}")
-        values = torch.ones(size // 4, device=device)
-        name = f"bench_{size}"
-
-        def once(values=values, name=name) -> float:
-            began = time.perf_counter()
-            hvd.allreduce_(values, op=hvd.Average, name=name)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            return time.perf_counter() - began
-
-        once(), once()  # buffers, and Horovod's response cache
-        # All ranks make the same number of repetitions: that of rank 0.
-        count = hvd.broadcast_object(max(_LEAST, min(1000, int(_SECONDS / once()))), name=f"count_{size}")
-        seconds = statistics.median(once() for _ in range(count))
-        rows.append(
-            {
-                "bytes": size,
-                "seconds": seconds,
-                "bus_bandwidth": 2 * (hvd.size() - 1) / hvd.size() * size / seconds,
-                "repetitions": count,
-            }
-        )
+        rows.append(_measure_size(size, device))
     line.clear()
     if hvd.rank():
         return None
@@ -82,13 +63,37 @@ def measure(arguments) -> dict | None:
     }
 
 
+def _measure_size(size: int, device: "torch.device") -> dict[str, Any]:
+    """Median seconds and bus bandwidth (byte/s) of an allreduce of `size` bytes. All ranks call it together."""
+    import horovod.torch as hvd
+    import torch
+
+    values = torch.ones(size // 4, device=device)
+
+    def once() -> float:
+        began = time.perf_counter()
+        hvd.allreduce_(values, op=hvd.Average, name=f"bench_{size}")
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    for _ in range(2):  # the first allocate buffers and fill Horovod's response cache
+        once()
+    # All ranks make the same number of repetitions: that of rank 0.
+    count = max(_LEAST, min(_MOST, int(_SECONDS / once())))
+    count = hvd.broadcast_object(count, name=f"count_{size}")
+    seconds = statistics.median(once() for _ in range(count))
+    bandwidth = 2 * (hvd.size() - 1) / hvd.size() * size / seconds
+    return {"bytes": size, "seconds": seconds, "bus_bandwidth": bandwidth, "repetitions": count}
+
+
 def size_text(size: int) -> str:
     """16 KiB, 4 MiB."""
     return f"{size // 2**10} KiB" if size < 2**20 else f"{size // 2**20} MiB"
 
 
-def text(result: dict) -> str:
-    """The result for a reader."""
+def text(result: dict[str, Any]) -> str:
+    """The result as lines of text."""
     lines = [f"{result['ranks']} ranks, {result['device']}", f"{'size':>10}  {'time':>12}  {'bus bandwidth':>14}"]
     for row in result["bus_bandwidth"]:
         lines.append(

@@ -4,19 +4,22 @@ In: a folder of shards, or none: then photograph-like images are made. Out: imag
 and memory. Both are measured in turns, so that a busy machine slows them alike.
 """
 
+import argparse
 import contextlib
-import io
-import os
+import itertools
 import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from shards import ROOT
 from shards.machine.cores import cores_given
+
+if TYPE_CHECKING:
+    import psutil
+
+    from shards.format.split import Split
 
 DESCRIPTION = (
     "Images/s of reading, decoding and cropping, as training does it, into the memory from which the GPU copies. "
@@ -24,30 +27,25 @@ DESCRIPTION = (
     "each)."
 )
 
-_PHOTOS = 256  # different ones
-_IMAGES = 2048
-_SIDE, _QUALITY = 256, 90
-# Amplitude of natural images falls as 1/f; 1.4 instead of 1 makes up for their smooth parts, so that the JPEGs are as
-# large as those of photographs.
-_SPECTRUM = 1.4
 _BARE = 512  # images that are decoded alone
 
 
-def add_options(parser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """The command line of this subject."""
     parser.add_argument("--data", default="", metavar="DIR", help="folder of shards; empty: synthetic ones")
     parser.add_argument("--split", default="train", metavar="NAME")
     parser.add_argument("--workers", type=int, default=-1, metavar="W", help="reader processes; -1: by the cores given")
-    parser.add_argument("--batch", type=int, default=256, metavar="N", help="images a batch")
+    parser.add_argument("--batch", type=int, default=256, metavar="N", help="images per batch")
     parser.add_argument("--crop", type=int, default=227, metavar="PX")
     parser.add_argument("--encoding", choices=("jpeg", "raw"), default="jpeg", help="of the synthetic shards")
     parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of them; the median counts")
 
 
-def measure(arguments) -> dict:
-    """Measure, and return the fields of the JSON object."""
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure, and return the fields of the JSON object: rates in images/s, times in seconds, sizes in bytes."""
     from job.batches.cores import default_workers
+    from job.bench.photographs import synthetic_shards
     from shards.format.split import load_split
     from shards.machine.progress import Line
 
@@ -93,17 +91,18 @@ def measure(arguments) -> dict:
     return result
 
 
-def text(result: dict) -> str:
-    """The same for a reader."""
+def text(result: dict[str, Any]) -> str:
+    """The result as lines of text."""
     lines = [
         f"data               {result['data']}: {result['samples']:,} images of {result['bytes_per_image']:,} bytes",
         f"loader             {result['images_per_second']:,.0f} images/s with {result['workers']} workers"
-        f" ({result['images_per_second_per_core']:,.0f} a core, {result['images_per_cpu_second']:,.0f} a CPU second)",
+        f" ({result['images_per_second_per_core']:,.0f} per core, "
+        f"{result['images_per_cpu_second']:,.0f} per CPU second)",
     ]
     if "decoder" in result:
         lines.append(
             f"{result['decoder']:<18} {result['decode_images_per_second']:,.0f} images/s on one core, nothing but "
-            f"decoding: the loader reaches {result['share_of_decoding']:.0%} of it a core"
+            f"decoding: per core, the loader reaches {result['share_of_decoding']:.0%} of it"
         )
     lines += [
         f"start              {result['start_seconds']:.2f} s to the first batch",
@@ -114,7 +113,7 @@ def text(result: dict) -> str:
     return "\n".join(lines)
 
 
-def loader_run(split, workers: int, batch: int, crop: int, seconds: float) -> dict:
+def loader_run(split: "Split", workers: int, batch: int, crop: int, seconds: float) -> dict[str, float]:
     """Images/s of a Loader in steady state, over at least `seconds`."""
     import psutil
 
@@ -124,8 +123,8 @@ def loader_run(split, workers: int, batch: int, crop: int, seconds: float) -> di
     with Loader(split, rank=0, world_size=1, global_batch=batch, crop=crop, workers=workers) as loader:
         next(loader)
         start = time.perf_counter() - began
-        # What was read ahead comes for nothing: only behind it each batch takes as long as it takes to read one. And a
-        # first pass over the data fills the page cache.
+        # Batches that were read ahead cost nothing: only after them does each take as long as reading one. A first pass
+        # over the data also fills the page cache.
         warm = time.perf_counter()
         for _ in range(max(8, min(split.nsamples // batch, 64))):
             next(loader)
@@ -149,13 +148,13 @@ def loader_run(split, workers: int, batch: int, crop: int, seconds: float) -> di
         }
 
 
-def cpu_seconds(processes) -> float:
+def cpu_seconds(processes: Sequence["psutil.Process"]) -> float:
     """CPU time that processes have used so far."""
     return sum(p.cpu_times().user + p.cpu_times().system for p in processes)
 
 
-def read_images(split, count: int) -> list[bytes]:
-    """The bytes of so many images of a split."""
+def read_images(split: "Split", count: int) -> list[bytes]:
+    """The files of the first `count` images of a split, without damaged ones."""
     from shards.read.reader import DamagedSample, ShardReader
 
     images = []
@@ -167,6 +166,19 @@ def read_images(split, count: int) -> list[bytes]:
     return images
 
 
+def decode_rate(decode: Callable[[bytes], object], images: list[bytes], seconds: float) -> float:
+    """Images/s that `decode` reaches on one core, over the images again and again."""
+    began, count = time.perf_counter(), 0
+    for data in itertools.cycle(images):
+        with contextlib.suppress(ValueError):  # damaged
+            decode(data)
+        count += 1
+        elapsed = time.perf_counter() - began
+        if elapsed >= seconds:
+            return count / elapsed
+    raise ValueError("no images to decode")
+
+
 def bare_decode(images: list[bytes], seconds: float) -> tuple[str, float]:
     """Name of the decoder, and its images/s on one core: bytes in memory to pixels in a buffer, and nothing else."""
     import numpy as np
@@ -176,60 +188,12 @@ def bare_decode(images: list[bytes], seconds: float) -> tuple[str, float]:
     sizes = []
     if simplejpeg is not None:
         for data in images:
-            with contextlib.suppress(ValueError):  # no JPEG
+            with contextlib.suppress(ValueError):  # not a JPEG
                 sizes.append(simplejpeg.decode_jpeg_header(data)[:2])
-    if len(sizes) == len(images):
-        name = "simplejpeg"
-        buffer = np.empty(max(height * width * 3 for height, width in sizes), np.uint8)
-
-        def action(data):
-            simplejpeg.decode_jpeg(data, "RGB", buffer=buffer)
-    else:
-        name, action = "Pillow" if simplejpeg is None else "simplejpeg, Pillow", decode
-
-    began, count = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - began) < seconds:
-        for data in images[:64]:
-            with contextlib.suppress(ValueError):  # damaged
-                action(data)
-        count += len(images[:64])
-        images = images[64:] + images[:64]
-    return name, count / elapsed
-
-
-def photograph(seed: int, side: int = _SIDE):
-    """An image with the spectrum of a photograph and little colour, uint8 (side, side, 3)."""
-    import numpy as np
-
-    random = np.random.default_rng(seed)
-    fy, fx = np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)
-    amplitude = np.maximum(np.hypot(fy, fx), 1 / side) ** -_SPECTRUM
-    planes = []
-    for _ in range(3):
-        plane = np.fft.irfft2(amplitude * np.exp(2j * np.pi * random.random(amplitude.shape)), (side, side))
-        planes.append(plane / plane.std())
-    grey = 128 + 50 * planes[0]
-    return np.clip(np.stack([grey + 12 * planes[1], grey, grey + 12 * planes[2]], -1), 0, 255).astype(np.uint8)
-
-
-@contextlib.contextmanager
-def synthetic_shards(encoding: str) -> Iterator[str]:
-    """A temporary folder of shards, as shards.pack makes them of `photograph`s; gone afterwards."""
-    from PIL import Image
-
-    with tempfile.TemporaryDirectory(prefix="loader-bench-") as folder:
-        source, dest = os.path.join(folder, "images"), os.path.join(folder, "shards")
-        os.makedirs(os.path.join(source, "photograph"))
-        for number in range(_PHOTOS):
-            file = io.BytesIO()
-            Image.fromarray(photograph(number)).save(file, "JPEG", quality=_QUALITY)
-            for copy in range(_IMAGES // _PHOTOS):
-                with open(os.path.join(source, "photograph", f"{number}-{copy}.jpg"), "wb") as target:
-                    target.write(file.getvalue())
-        kept = "raw" if encoding == "raw" else "copy"
-        command = [sys.executable, "-m", "shards.pack", source, dest, "--split", "train", "--encoding", kept]
-        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-        yield dest
+    if len(sizes) < len(images):
+        return "Pillow" if simplejpeg is None else "simplejpeg, Pillow", decode_rate(decode, images, seconds)
+    buffer = np.empty(max(height * width * 3 for height, width in sizes), np.uint8)
+    return "simplejpeg", decode_rate(lambda data: simplejpeg.decode_jpeg(data, "RGB", buffer=buffer), images, seconds)
 
 
 def cpu_name() -> str:
@@ -241,6 +205,7 @@ def cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the speed."""
     import importlib.metadata
 
     found = {"python": platform.python_version()}
