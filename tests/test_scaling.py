@@ -243,6 +243,12 @@ def test_a_rank_a_fifth_slower_is_named_however_few_the_others_are(tmp_path, ran
 # ---- Running a study.
 
 
+def test_sections_are_those_that_the_timers_measure():
+    from job.run.timing import SECTIONS
+
+    assert tuple(name for name in study.SECTIONS if name != study.STRAGGLERS) == SECTIONS
+
+
 def test_the_timers_of_a_long_run_do_not_fill_the_memory():
     from job.run.timing import COMPUTE, StepTimer
 
@@ -399,16 +405,10 @@ def test_a_study_on_a_slurm_cluster_with_slow_links(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(p.name for p in DATA.glob("study-*.json")))
 def test_reports_of_measured_studies_are_rebuilt(tmp_path, name):
-    """Studies that were measured on real machines, each in one file: study.json and its points."""
-    fields = json.loads((DATA / name).read_text())
-    path = tmp_path / "study"
-    (path / "points").mkdir(parents=True)
-    (path / "study.json").write_text(json.dumps({"plan": fields["plan"], "limits": fields["limits"]}))
-    for point in fields["points"]:
-        (path / "points" / f"{point['name']}.json").write_text(json.dumps(point))
-    done = report(path)
+    """Studies that were measured on real machines, each in one file."""
+    done = report(DATA / name, "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    facts = json.loads((path / "report" / "report.json").read_text())
+    facts = json.loads((tmp_path / "report.json").read_text())
     assert not facts["problems"]
     assert {row["ranks"] for curve in facts["curves"] for row in curve["sizes"]} == {1, 2}
 

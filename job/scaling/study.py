@@ -249,28 +249,30 @@ def save_limits(path: str, limits: dict[str, Any]) -> None:
 
 
 def load(path: str) -> Study:
-    """Read a study. What is damaged or missing becomes a line of `problems`; the rest stays usable.
+    """Read a study: a folder, or one file {"plan", "limits", "points"} as in tests/data.
 
-    Raises:
-        InputError: there is no such folder, or nothing of a study in it.
+    What is damaged or missing becomes a line of `problems`; the rest stays usable. Raises InputError where there is
+    nothing of a study.
     """
-    if not os.path.isdir(path):
+    if not os.path.exists(path):
         raise InputError(f"no study {path}; python -m job.scaling run makes one")
-    problems, fields, points = [], {}, []
+    problems, fields = [], {}
     try:
-        fields = dict(_read_json(os.path.join(path, "study.json")))
+        fields = dict(_read_json(os.path.join(path, "study.json") if os.path.isdir(path) else path))
     except FileNotFoundError:
         problems.append("study.json is missing: the plan of this study is not known")
     except (OSError, ValueError, TypeError) as error:
         problems.append(f"study.json cannot be read: {error}")
-    files = sorted(glob.glob(os.path.join(glob.escape(path), "points", "*.json")))
-    if problems and not files:
+    sources = fields.get("points") or sorted(glob.glob(os.path.join(glob.escape(path), "points", "*.json")))
+    if problems and not sources:
         raise InputError(f"{path} holds no study: no study.json and no points; give the folder of --study")
-    for file in files:
+    points = []
+    for number, source in enumerate(sources, 1):
         try:
-            point = _read_point(file)
+            point = _point_of(source if isinstance(source, dict) else _read_json(source))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            problems.append(f"{os.path.basename(file)} cannot be used: {type(error).__name__} {error}")
+            name = os.path.basename(source) if isinstance(source, str) else f"point {number}"
+            problems.append(f"{name} cannot be used: {type(error).__name__} {error}")
             continue
         if point.status == "failed":
             problems.append(f"{point.name} failed: {point.error}")
@@ -279,10 +281,10 @@ def load(path: str) -> Study:
     return Study(path, plan, points, limits, problems)
 
 
-def _read_point(file: str) -> Point:
+def _point_of(fields: dict[str, Any]) -> Point:
     """A point whose timings, where it is done, are complete."""
     names = {field.name for field in dataclasses.fields(Point)}
-    point = Point(**{key: value for key, value in _read_json(file).items() if key in names})
+    point = Point(**{key: value for key, value in fields.items() if key in names})
     if point.status == "done":
         point.measured()
         point.environment  # noqa: B018  raises where it is missing
