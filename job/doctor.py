@@ -6,7 +6,6 @@ Exit code 0 when nothing is wrong, else 2. Each library is looked at in a proces
 
 import concurrent.futures
 import dataclasses
-import importlib.metadata
 import importlib.util
 import io
 import json
@@ -26,6 +25,7 @@ from job.ranks import mpi
 from shards import ROOT
 from shards.command import Parser, run
 from shards.errors import InputError
+from shards.machine.facts import versions
 
 if TYPE_CHECKING:
     from shards.format.split import Split
@@ -56,14 +56,17 @@ class Finding:
 
 
 def ok(name: str, text: str) -> Finding:
+    """Nothing to do."""
     return Finding("ok", name, text)
 
 
 def slow(name: str, text: str, advice: str) -> Finding:
+    """It works, slower than it could."""
     return Finding("slow", name, text, advice)
 
 
 def wrong(name: str, text: str, advice: str) -> Finding:
+    """It does not work."""
     return Finding("wrong", name, text, advice)
 
 
@@ -155,6 +158,7 @@ def probe(name: str) -> dict[str, Any]:
 
 
 def check_python() -> Finding:
+    """The version of Python."""
     tested = "" if (3, 11) <= sys.version_info[:2] <= (3, 13) else ", not tested (3.11 to 3.13 are)"
     return ok("python", f"{platform.python_version()}{tested}, {sys.executable}")
 
@@ -230,6 +234,7 @@ def _check_mpi4py(horovod: dict[str, Any], mpi4py: dict[str, Any]) -> Finding:
 
 
 def check_tensorboard() -> Finding:
+    """Whether the command tensorboard starts."""
     version = installed_version("tensorboard")
     if not version:
         return wrong("tensorboard", "not installed", SETUP)
@@ -240,16 +245,14 @@ def check_tensorboard() -> Finding:
 
 
 def check_webdataset() -> Finding:
+    """The library that writes shards."""
     version = installed_version("webdataset")
     return ok("webdataset", version) if version else wrong("webdataset", "not installed", SETUP)
 
 
 def installed_version(package: str) -> str:
     """Version of an installed package; empty: not installed, or a module of the cluster without metadata."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    return versions(package).get(package, "")
 
 
 # ---- The machine.
@@ -261,12 +264,13 @@ def check_decoder() -> tuple[Finding, float]:
     from PIL import Image, features
 
     from job.bench.loader import decode_rate
-    from job.bench.photographs import jpeg
+    from shards.sources.synthetic import photograph
 
-    photographs = [jpeg(seed) for seed in range(4)]
+    file = io.BytesIO()
+    Image.fromarray(photograph(0, 256, 256)).save(file, "JPEG", quality=90)
 
     def rate_of(decode: Callable[[bytes], object]) -> float:
-        return decode_rate(decode, photographs, DECODE_SECONDS)
+        return decode_rate(decode, [file.getvalue()], DECODE_SECONDS)
 
     pillow = rate_of(lambda data: np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
     turbo = features.version("libjpeg_turbo") or "without libjpeg-turbo"
@@ -352,6 +356,7 @@ def check_limits() -> list[Finding]:
 
 
 def check_slurm() -> Finding:
+    """Slurm, and the job that this runs in."""
     version = first_line(["sbatch", "--version"])
     job = os.environ.get("SLURM_JOB_ID")
     return ok("slurm", f"{version or 'none here'}{f', in job {job}' if job else ''}")
@@ -375,8 +380,8 @@ def read_rate(paths: list[str]) -> float:
 
 def check_data(split: "Split", decode: float) -> Finding:
     """Whether reading this split keeps up with decoding on all cores; `decode`: images/s per core."""
-    from shards.machine.caches import file_system
     from shards.machine.cores import cores_given
+    from shards.machine.facts import file_system
     from shards.machine.files import is_remote
 
     text = f"{split.nsamples:,} samples in {len(split.shards)} shards, {split.encoding}"

@@ -1,7 +1,7 @@
 """Show a running or finished run in the terminal: progress, curves, speed, slow ranks, restarts.
 
-In: a run directory, read only, from any machine that sees it. Out: a page of text, or one JSON object with --json; with
---follow again and again.
+In: a run directory, which is only read, on any machine that sees it. Out: a page of text, or one JSON object with
+--json; with --follow, a new page every 2 s.
 """
 
 import argparse
@@ -16,28 +16,30 @@ from typing import Any
 
 from shards.command import Parser, run
 from shards.errors import InputError, printable
+from shards.machine.progress import duration
 
 REFRESH_SECONDS = 2.0
-# A run that says nothing for so long, and for so many times its usual interval, is not called running any more.
+# A run that writes nothing for this long, and for this many times its usual interval, no longer counts as running.
 QUIET_SECONDS, QUIET_FACTOR = 90.0, 5
-RECENT = 20  # lines of metrics that the present speed is taken from
-STATES = ("start", "done", "stopped", "diverged", "hang")  # events after which a run is in another state
+RECENT = 20  # lines of metrics that the present speed is computed from
+STATES = ("start", "done", "stopped", "diverged", "hang")  # events that change the state of a run
 PLOT_WIDTH, PLOT_HEIGHT = 72, 10
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = Parser(prog="python -m job.watch", description="Progress of a training run, from its run directory.")
     parser.add_argument("run", metavar="RUN", help="run directory (--out of job.train)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--follow", action="store_true", help="show it anew every 2 s until the run ends")
-    return parser.parse_args(arguments)
+    parser.add_argument("--follow", action="store_true", help="show it again every 2 s until the run ends")
+    return parser.parse_args()
 
 
 def read(folder: str) -> tuple[list[dict[str, Any]], dict[str, Any], float]:
-    """Lines of metrics, summary (empty while there is none), and when the metrics were last written.
+    """Lines of metrics.jsonl, summary.json (empty before the end), and the time of the last line.
 
     Raises:
-        InputError: the folder is no run directory.
+        InputError: the folder is not a run directory.
     """
     path = os.path.join(folder, "metrics.jsonl")
     try:
@@ -51,7 +53,7 @@ def read(folder: str) -> tuple[list[dict[str, Any]], dict[str, Any], float]:
             fields = json.loads(line)
             if {"kind", "step", "epoch", "time"} <= fields.keys():
                 lines.append(fields)
-        except (ValueError, AttributeError):  # half a line of a run that was killed
+        except (ValueError, AttributeError):  # half a line
             continue
     summary = {}
     try:
@@ -63,7 +65,7 @@ def read(folder: str) -> tuple[list[dict[str, Any]], dict[str, Any], float]:
 
 
 def locked(folder: str) -> bool:
-    """Whether a job holds the run directory's lock. False where the file system does not tell."""
+    """Whether a job holds the run directory's lock. False on file systems without locks."""
     question = struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of 64-bit Linux
     try:
         with open(os.path.join(folder, ".lock"), "rb") as file:
@@ -74,18 +76,18 @@ def locked(folder: str) -> bool:
 
 
 def describe(folder: str, now: float) -> dict[str, Any]:
-    """What there is to know of a run."""
+    """The state of a run, as --json prints it. `now`: seconds since 1970. Raises InputError as `read` does."""
     lines, summary, changed = read(folder)
     train = [line for line in lines if line["kind"] == "train"]
     val = [line for line in lines if line["kind"] == "val"]
     events = [line for line in lines if line["kind"] == "event"]
     starts = [line for line in events if line.get("event") == "start"]
     start = starts[-1] if starts else {}
-    # What was measured since the last start; a summary of an earlier part is old.
+    # Speeds count from the last start on; a summary may be that of an earlier part.
     part = [line for line in train if line["time"] >= start.get("time", 0)][-RECENT:]
     newest = train[-1] if train else {}
     last = start.get("last_step") or summary.get("steps") or newest.get("step", 0)
-    # Events of a part that was rolled back remain: only what follows the last start says where the run is.
+    # After a rollback, lines of later steps remain: only what follows the last start says where the run is.
     since = lines[lines.index(start) :] if start else lines
     step = max((line["step"] for line in since), default=0)
     speeds = [line["images_per_second"] for line in part[1:] or part if line.get("images_per_second")]
@@ -132,7 +134,7 @@ def describe(folder: str, now: float) -> dict[str, Any]:
 
 
 def plot(points: list[list[float]], title: str, percent: bool = False) -> str:
-    """A curve of [step, value] points in characters; a column is the mean of its points."""
+    """A curve of [step, value] points, drawn in characters; each column shows the mean of its points."""
     if len(points) < 2:
         return ""
     first, last = points[0][0], points[-1][0]
@@ -158,14 +160,12 @@ def plot(points: list[list[float]], title: str, percent: bool = False) -> str:
 
 
 def page(about: dict[str, Any]) -> str:
-    """What `describe` found, for people."""
-    from shards.machine.progress import duration
-
+    """What `describe` returns, as a page of text."""
     done = about["step"] / about["last_step"] if about["last_step"] else 0.0
     filled = int(40 * min(1.0, done))
     status = about["status"]
     if status == "silent":
-        status = f"nothing new for {duration(about['seconds_since_last_line'])}: killed, or waiting in the queue"
+        status = f"no new line for {duration(about['seconds_since_last_line'])}: killed, or waiting in the queue"
     rows = [
         ("run", printable(about["run"])),
         ("status", status),
@@ -180,7 +180,7 @@ def page(about: dict[str, Any]) -> str:
         accuracy = f"top-1 {about['top1']:.2%}, top-5 {about['top5']:.2%}, best top-1 {about['best_top1']:.2%}"
         rows.append(("validation", accuracy))
     if about["images_per_second"]:
-        each = f", {about['images_per_second_rank']:,.0f} a rank" if about["images_per_second_rank"] else ""
+        each = f", {about['images_per_second_rank']:,.0f} per rank" if about["images_per_second_rank"] else ""
         rows.append(("images/s", f"{about['images_per_second']:,.0f} on {about['ranks']} ranks{each}"))
     if about["data_wait_fraction"] is not None:
         rows.append(("waiting for data", f"{about['data_wait_fraction']:.1%}"))
@@ -203,6 +203,7 @@ def page(about: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """The command."""
     options = parse()
     while True:
         about = describe(options.run, time.time())

@@ -1,7 +1,7 @@
 """Studies made up for the tests of job.scaling: timing files as 1 to 64 ranks would leave them.
 
-In: what the made-up machine is like. Out: a study folder. The times come from formulas of their own, with noise: the
-model under test does not make its own evidence.
+In: what the made-up machine is like. Out: a study folder. The times come from other formulas than
+those of the model under test, with noise.
 """
 
 import json
@@ -72,7 +72,7 @@ def timings(
     found = []
     for rank in range(ranks):
         mean = {name: value * run * max(0.5, chance.gauss(1, noise)) for name, value in true.items()}
-        mean[EXPOSED] = true[EXPOSED] * run  # an allreduce ends for all at once
+        mean[EXPOSED] = true[EXPOSED] * run  # an allreduce ends at the same time on all ranks
         if rank == slow:
             mean[COMPUTE] *= 1.2
         found.append(
@@ -85,7 +85,7 @@ def timings(
             }
         )
     last = max(r["mean"][COMPUTE] for r in found)
-    for r in found:  # whoever is early waits in the allreduce
+    for r in found:  # early ranks wait in the allreduce
         r["mean"][EXPOSED] += (last - r["mean"][COMPUTE]) if ranks > 1 else 0.0
     low = {name: min(r["mean"][name] for r in found) for name in true}
     high = {name: max(r["mean"][name] for r in found) for name in true}

@@ -127,7 +127,7 @@ def test_report_opens_in_a_browser(cluster, tmp_path):
 # ---- Bad input.
 
 
-def test_one_point_missing_files_and_nan_are_told_and_the_rest_is_shown(tmp_path):
+def test_missing_and_damaged_points_are_reported_and_the_rest_is_shown(tmp_path):
     path = scaling_data.write_study(tmp_path / "study", sizes=(1, 2, 4), repeats=2, modes=("weak",))
 
     def nan(fields):
@@ -171,7 +171,7 @@ def test_failed_points_are_shown_as_failed(tmp_path):
     assert "out of memory" in (path / "report" / "report.html").read_text()
 
 
-def test_unlike_environments_are_refused_unless_told(tmp_path):
+def test_unlike_environments_are_refused_without_allow_mixed(tmp_path):
     path = scaling_data.write_study(tmp_path / "study", sizes=(1, 2), repeats=1, modes=("weak",))
     scaling_data.edit_point(path, "real-ranks00002", lambda f: f["timings"]["environment"].update(device="Another GPU"))
     done = report(path)
@@ -182,7 +182,7 @@ def test_unlike_environments_are_refused_unless_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, message",
     [
         (["report", "nowhere"], "no study nowhere"),
         (["run", "--np", "1,x", "--data", "synthetic"], "whole numbers"),
@@ -196,10 +196,10 @@ def test_unlike_environments_are_refused_unless_told(tmp_path):
         (["predict", "STUDY", "--gpus", "64", "--global-batch", "32"], "without"),
     ],
 )
-def test_bad_usage_is_one_line(cluster, tmp_path, monkeypatch, arguments, told):
+def test_bad_usage_is_one_line(cluster, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["scaling", *(str(cluster) if a == "STUDY" else a for a in arguments)])
-    with pytest.raises(InputError, match=re.escape(told)):
+    with pytest.raises(InputError, match=re.escape(message)):
         scaling.main()
 
 
@@ -342,7 +342,7 @@ def test_a_folder_holds_one_study(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-def test_a_study_that_is_told_to_end_leaves_no_run_behind_and_carries_on(tmp_path):
+def test_a_study_that_is_terminated_leaves_no_run_and_carries_on(tmp_path):
     command = ["run", "--np", "1", "--mode", "strong", "--data", "synthetic", "--repeats", "1", "--global-batch", "4"]
     command += ["--recipe", "demo", "--model.width", "0.1", "--study", str(tmp_path / "study"), "--no-bench"]
     whole = [sys.executable, "-m", "job.scaling", *command]
@@ -350,7 +350,7 @@ def test_a_study_that_is_told_to_end_leaves_no_run_behind_and_carries_on(tmp_pat
         end = time.monotonic() + 60
         while not any("images/s" in log.read_text() for log in tmp_path.glob("study/runs/*/log.txt")):
             assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.1)  # a file tells nobody that it has grown
+            time.sleep(0.1)  # there is no event for a growing file
         second = run(*whole, "--steps", "1000000")  # over the first, by mistake
         assert second.returncode == 2 and f"in use by process {process.pid}" in error_lines(second)[0], second.stderr
         below = psutil.Process(process.pid).children(recursive=True)
@@ -446,7 +446,7 @@ def test_costs_by_hand():
 def test_prices_with_mistakes_are_refused(tmp_path):
     text = Path(cost.EXAMPLE).read_text()
     assert cost.load_prices(cost.EXAMPLE).example
-    for wrong, told in (
+    for wrong, message in (
         (text.replace("on_demand: 4.00", "on_demand: dear"), "on_demand is 'dear'"),
         (text.replace("node_price:", "node_prise:"), "did you mean node_price?"),
         (text.replace("    years: 5 # of use\n", ""), "years is missing"),
@@ -454,5 +454,5 @@ def test_prices_with_mistakes_are_refused(tmp_path):
         ("[", "cannot read"),
     ):
         (tmp_path / "prices.yaml").write_text(wrong)
-        with pytest.raises(InputError, match=re.escape(told)):
+        with pytest.raises(InputError, match=re.escape(message)):
             cost.load_prices(str(tmp_path / "prices.yaml"))

@@ -85,10 +85,10 @@ def test_a_run_that_says_nothing_is_running_only_while_its_lock_is_held(tmp_path
         owner.stdin.close()
     assert watch.describe(run, now + 600)["status"] == "silent"
     with open(run / ".lock", "a") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)  # watching has left nothing behind
+        fcntl.lockf(file, fcntl.LOCK_EX)  # watching holds no lock
 
 
-def test_ends_are_told(tmp_path):
+def test_the_end_of_a_run_is_shown(tmp_path):
     now = time.time()
     lines = [start(0, now), *training(10, 100, now)]
     hang = line("event", 100, now, event="hang", reason="rank 1 on n2 has given no sign of life for 61 s")

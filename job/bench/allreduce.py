@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from shards.errors import InputError
+from shards.machine.facts import cpu_and_cores, versions
 from shards.machine.progress import Line
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
     import horovod.torch as hvd
     import torch
 
-    from job.bench.loader import cpu_name, versions
     from job.ranks.agree import agree
 
     if hvd.size() < 2:
@@ -58,7 +58,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
         "subject": "allreduce",
         "ranks": hvd.size(),
         "bus_bandwidth": rows,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_and_cores(),
         "versions": versions(),
     }
 

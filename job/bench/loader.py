@@ -7,14 +7,17 @@ and memory. Both are measured in turns, so that a busy machine slows them alike.
 import argparse
 import contextlib
 import itertools
-import platform
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from shards.machine.cores import cores_given
+from shards import ROOT
+from shards.machine.facts import cpu_and_cores, versions
 
 if TYPE_CHECKING:
     import psutil
@@ -27,6 +30,9 @@ DESCRIPTION = (
     "each)."
 )
 
+_PHOTOS = 256  # different ones
+_IMAGES = 2048
+_SIDE, _QUALITY = 256, 90
 _BARE = 512  # images that are decoded alone
 
 
@@ -45,7 +51,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, and return the fields of the JSON object: rates in images/s, times in seconds, sizes in bytes."""
     from job.batches.cores import default_workers
-    from job.bench.photographs import synthetic_shards
     from shards.format.split import load_split
     from shards.machine.progress import Line
 
@@ -81,7 +86,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "start_seconds": run["start_seconds"],
         "slot_bytes": run["slot_bytes"],
         "worker_bytes": run["worker_bytes"],
-        "device": cpu_name(),
+        "device": cpu_and_cores(),
         "versions": versions(),
     }
     if bare:
@@ -196,20 +201,15 @@ def bare_decode(images: list[bytes], seconds: float) -> tuple[str, float]:
     return "simplejpeg", decode_rate(lambda data: simplejpeg.decode_jpeg(data, "RGB", buffer=buffer), images, seconds)
 
 
-def cpu_name() -> str:
-    """Model of the processor, and how many cores this process may use."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
-    return f"{name}, {cores_given().count} cores"
+@contextlib.contextmanager
+def synthetic_shards(encoding: str) -> Iterator[str]:
+    """A temporary folder of shards, as shards.pack makes them of synthetic photographs; gone afterwards."""
+    from shards.sources.synthetic import write_photographs
 
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the speed."""
-    import importlib.metadata
-
-    found = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "pillow", "simplejpeg"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+    with tempfile.TemporaryDirectory(prefix="loader-bench-") as folder:
+        source, dest = os.path.join(folder, "images"), os.path.join(folder, "shards")
+        write_photographs(os.path.join(source, "photograph"), _PHOTOS, _IMAGES // _PHOTOS, (_SIDE, _SIDE), _QUALITY)
+        kept = "raw" if encoding == "raw" else "copy"
+        command = [sys.executable, "-m", "shards.pack", source, dest, "--split", "train", "--encoding", kept]
+        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        yield dest

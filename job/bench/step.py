@@ -55,10 +55,10 @@ def measure(arguments) -> dict | None:
     import horovod.torch as hvd
     import torch
 
-    from job.bench.loader import cpu_name, versions
     from job.ranks.agree import agree
     from job.run.step import set_determinism, set_precision
     from job.run.timing import StepTimer
+    from shards.machine.facts import cpu_and_cores, versions
     from shards.machine.progress import Progress
 
     agreed = agree(vars(arguments))
@@ -105,7 +105,7 @@ def measure(arguments) -> dict | None:
         "image_size": settings.image_size,
         "precision": arguments.precision,
         "kernels": kernels,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_and_cores(),
         "versions": versions(),
     }
     pairs = zip(rounds[main], rounds["timed"], strict=True)

@@ -13,6 +13,8 @@ import subprocess
 import sysconfig
 import tempfile
 
+from shards.machine.facts import file_system
+
 _COMPILE_SECONDS = 60.0
 # Where one node may be told "stale file handle" while another replaces the file.
 _STALE_HANDLES = ("nfs", "nfs4")
@@ -81,15 +83,3 @@ def triton_lacks() -> str:
         return f"Triton needs a C compiler and Python's headers; {compiler}: {lines[0]}"
     problem = problem_with(triton_cache())
     return f"Triton has no place for its kernels ({problem}); set TRITON_CACHE_DIR" if problem else ""
-
-
-def file_system(path: str) -> str:
-    """Kind of the file system that holds `path`: "ext4", "nfs4", "lustre"."""
-    path, kind, best = os.path.realpath(path), "unknown", -1
-    with open("/proc/mounts", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            point, this = line.split(" ")[1:3]
-            point = point.replace("\\040", " ")
-            if (path == point or path.startswith(point.rstrip("/") + "/")) and len(point) >= best:
-                kind, best = this, len(point)
-    return kind

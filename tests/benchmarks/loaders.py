@@ -22,8 +22,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 sys.path.insert(0, ROOT)
 
 from job.bench import loader as bench_loader  # noqa: E402
-from job.bench.photographs import synthetic_shards  # noqa: E402
 from shards.format.split import load_split  # noqa: E402
+from shards.machine.facts import cpu_and_cores  # noqa: E402
 
 BATCH, CROP = 256, 227
 
@@ -43,7 +43,7 @@ def main() -> None:
         print(*CONTENDERS[arguments.one](split, arguments.workers, arguments.seconds))
         return
     with contextlib.ExitStack() as stack:
-        data = arguments.data or stack.enter_context(synthetic_shards("jpeg"))
+        data = arguments.data or stack.enter_context(bench_loader.synthetic_shards("jpeg"))
         rows = [(name, workers) for name in ("simplejpeg", "ours", "webdataset", "dali") for workers in (1, 2)]
         rows.remove(("simplejpeg", 2))
         if not installed("nvidia.dali"):
@@ -64,7 +64,7 @@ def main() -> None:
             f"{name:12} {workers:7} {rate:10,.0f} {min(wall):9,.0f}-{max(wall):<7,.0f} {cpu:13,.0f} "
             f"  {median['ours', workers] / rate:.2f}x"
         )
-    print(f"ours, 2 workers to 1: {median['ours', 2] / median['ours', 1]:.2f}x   ({bench_loader.cpu_name()})")
+    print(f"ours, 2 workers to 1: {median['ours', 2] / median['ours', 1]:.2f}x   ({cpu_and_cores()})")
 
 
 def installed(module: str) -> bool:
