@@ -137,7 +137,6 @@ PROBES = ("torch", "horovod", "mpi4py")  # each runs `NAME_facts` in a process o
 def probe(name: str) -> dict[str, Any]:
     """What the library `name` says of itself; {"error": why} where it does not import."""
     code = f"import json; from job import doctor; print(json.dumps(doctor.{name}_facts()))"
-    path = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
     try:
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -145,7 +144,6 @@ def probe(name: str) -> dict[str, Any]:
             text=True,
             timeout=PROBE_SECONDS,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path},
         )
     except subprocess.TimeoutExpired:
         return {"error": f"no answer in {PROBE_SECONDS} s"}

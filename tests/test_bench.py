@@ -131,7 +131,17 @@ COMMANDS = [
     *(f"job.scaling {name}" for name in ("run", "report", "predict")),
     *(f"job.bench {name}" for name in ("loader", "compute", "allreduce", "train")),
 ]
-HEAVY = {"torch", "horovod", "numpy", "mpi4py", "webdataset", "matplotlib", "PIL"}  # modules that take long to load
+HEAVY = {
+    "torch",
+    "horovod",
+    "numpy",
+    "scipy",
+    "mpi4py",
+    "webdataset",
+    "matplotlib",
+    "jinja2",
+    "PIL",
+}  # modules that take long to load
 
 
 def test_the_commands_are_all_that_there_are():

@@ -69,6 +69,9 @@ class Setup:
     loader: float | None = None  # images/s of a node's loader, where `job.bench loader` measured it
 
 
+DEFAULT = Setup()
+
+
 @dataclasses.dataclass(frozen=True)
 class Scenario:
     """What a prediction is made for. None: as measured."""
@@ -178,6 +181,15 @@ class Linear:
     features: tuple[str, ...]
     coefficients: np.ndarray  # (features,)
     covariance: np.ndarray  # (features, features)
+
+    def best(self) -> dict[str, float]:
+        """The coefficients by feature."""
+        return dict(zip(self.features, self.coefficients.tolist(), strict=True))
+
+    def draw(self, random: np.random.Generator, count: int) -> list[dict[str, float]]:
+        """`count` sets of coefficients from what the fit leaves open, none of them negative."""
+        drawn = np.maximum(0.0, random.multivariate_normal(self.coefficients, self.covariance, count))
+        return [dict(zip(self.features, values, strict=True)) for values in drawn.tolist()]
 
 
 def fit_linear(sizes: Sequence[tuple[float, int, int]], seconds: Sequence[float], wanted: Sequence[str]) -> Linear:
@@ -292,9 +304,8 @@ def assumed_network(over: str) -> str:
     return f"{8 * value / 1e9:,.3g} Gbit/s within a factor of {factor:.3g} (--network names another)"
 
 
-def scenario_of(m: Measured, setup: Setup | None = None) -> Scenario:
+def scenario_of(m: Measured, setup: Setup = DEFAULT) -> Scenario:
     """The scenario in which a size was measured."""
-    setup = setup or Setup()
     return Scenario(
         m.ranks,
         m.global_batch,
@@ -308,7 +319,7 @@ def scenario_of(m: Measured, setup: Setup | None = None) -> Scenario:
 def fit(
     measured: Sequence[Measured],
     gradients: Sequence[Gradient],
-    setup: Setup | None = None,
+    setup: Setup = DEFAULT,
     links: dict[str, float] | None = None,
 ) -> Model:
     """Fit the model to `measured` sizes. One is enough; it leaves the network to the priors.
@@ -318,19 +329,18 @@ def fit(
     """
     if not measured:
         raise ValueError("no measured sizes")
-    setup = setup or Setup()
     sizes = [(m.global_batch / m.ranks, m.ranks_per_node, m.ranks) for m in measured]
 
-    def line(section: str, *wanted: str) -> Linear:
+    def time_of(section: str, *wanted: str) -> Linear:
         return fit_linear(sizes, [m.sections[section] for m in measured], wanted)
 
     # A rank has its GPU to itself, but an allreduce uses a part of it; cores and memory are shared by a node's ranks.
     shared = SHARED_DEVICE if setup.over == "NCCL" else SHARED_NODE
     times = {
-        TO_DEVICE: line(TO_DEVICE, IMAGE, SHARED_NODE),
-        COMPUTE: line(COMPUTE, IMAGE, STEP, shared),
-        UPDATE: line(UPDATE, STEP),
-        REST: line(REST, STEP),
+        TO_DEVICE: time_of(TO_DEVICE, IMAGE, SHARED_NODE),
+        COMPUTE: time_of(COMPUTE, IMAGE, STEP, shared),
+        UPDATE: time_of(UPDATE, STEP),
+        REST: time_of(REST, STEP),
     }
     waits = []
     for m in measured:
@@ -343,7 +353,7 @@ def fit(
     used = {"local" for m in measured if m.ranks_per_node > 1} | {"network" for m in measured if m.nodes > 1}
     return Model(
         gradients=tuple(gradients),
-        best=Parameters(_named(times, {n: t.coefficients for n, t in times.items()}), best_links, straggling),
+        best=Parameters({section: line.best() for section, line in times.items()}, best_links, straggling),
         draws=_draw(times, drawn_links, straggling),
         measured_links=frozenset(used),
         data_jitter=jitter,
@@ -353,29 +363,21 @@ def fit(
     )
 
 
-def _named(times: dict[str, Linear], values: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    return {name: dict(zip(t.features, values[name].tolist(), strict=True)) for name, t in times.items()}
-
-
 def _draw(times: dict[str, Linear], links: list[dict[str, float]], straggling: float) -> tuple[Parameters, ...]:
-    """One set of parameters for each of the drawn `links`, the rest drawn from what the fit leaves open."""
+    """One set of parameters for each of the drawn `links`, the others drawn from what the fit leaves open."""
     random = np.random.default_rng(0)
-    count = len(links)
-    drawn = {
-        name: np.maximum(0.0, random.multivariate_normal(t.coefficients, t.covariance, count))
-        for name, t in times.items()
-    }
-    normal = random.standard_normal((count, 4))
+    drawn = {section: line.draw(random, len(links)) for section, line in times.items()}
+    normal = random.standard_normal((len(links), 4))
     return tuple(
         Parameters(
-            times=_named(times, {name: values[i] for name, values in drawn.items()}),
+            times={section: values[i] for section, values in drawn.items()},
             links=links[i],
             straggling=straggling * math.exp(0.5 * normal[i, 0]),
             link_efficiency=LINK_EFFICIENCY * LINK_SPREAD ** normal[i, 1],
             beyond=EXTRAPOLATION ** normal[i, 2],
             reading=math.exp(NOISE * normal[i, 3]),
         )
-        for i in range(count)
+        for i in range(len(links))
     )
 
 
@@ -448,7 +450,7 @@ class Check:
 
 
 def leave_largest_out(
-    measured: Sequence[Measured], gradients: Sequence[Gradient], setup: Setup | None = None
+    measured: Sequence[Measured], gradients: Sequence[Gradient], setup: Setup = DEFAULT
 ) -> list[Check]:
     """Fit without the largest number of ranks and predict it; empty where fewer than two sizes are left to compare."""
     largest = max((m.ranks for m in measured), default=0)
