@@ -1,11 +1,12 @@
 """What is installed, what is slow, what is wrong, and what to do: `python -m job.doctor [--data DIR] [--json]`.
 
-In: the environment, the machine, a folder of shards. Out: a line for each thing, `ok`, `slow` or `wrong`, and advice.
-Exit code 0 when nothing is wrong, else 2. Each library is looked at in a process of its own: a crash is a line.
+In: the environment, the machine, a folder of shards. Out: a line per subject, `ok`, `slow` or `wrong`, and advice. Exit
+code 0 when nothing is wrong, else 2. Each library is imported in its own process, so that a crash is one line.
 """
 
 import concurrent.futures
 import dataclasses
+import functools
 import importlib.util
 import io
 import json
@@ -30,17 +31,17 @@ from shards.machine.facts import versions
 if TYPE_CHECKING:
     from shards.format.split import Split
 
-PROBE_SECONDS = 90  # a library that takes longer to import is wrong
+PROBE_SECONDS = 90  # a library that takes longer to import counts as broken
 TORCH_RANGE = ((2, 11), (2, 15))  # as in setup.py: from, and below
 DECODE_SECONDS = 0.3
 READ_SECONDS = 2.0
 READ_BYTES = 256 << 20
-SHM_BYTES = 1 << 30  # batches on their way from the readers to the training lie in /dev/shm
+SHM_BYTES = 1 << 30  # batches pass from the readers to the training through /dev/shm
 FILES = 1024  # open shards, pipes and sockets of a rank
 INFINIBAND = "/sys/class/infiniband"
 
 _INSTALL = os.path.join(ROOT, "slurm", "install.sh")
-# `pip install .` copies job and shards alone.
+# `pip install .` copies job and shards only.
 SETUP = "bash slurm/install.sh" if os.path.exists(_INSTALL) else "in a clone of the project: bash slurm/install.sh"
 REBUILD = f"{SETUP} --rebuild"
 
@@ -55,19 +56,9 @@ class Finding:
     advice: str = ""  # what to do where something is slow or wrong
 
 
-def ok(name: str, text: str) -> Finding:
-    """Nothing to do."""
-    return Finding("ok", name, text)
-
-
-def slow(name: str, text: str, advice: str) -> Finding:
-    """It works, slower than it could."""
-    return Finding("slow", name, text, advice)
-
-
-def wrong(name: str, text: str, advice: str) -> Finding:
-    """It does not work."""
-    return Finding("wrong", name, text, advice)
+ok = functools.partial(Finding, "ok")
+slow = functools.partial(Finding, "slow")  # it works, slower than it could
+wrong = functools.partial(Finding, "wrong")  # it does not work
 
 
 def first_line(command: list[str]) -> str:
@@ -131,7 +122,7 @@ def mpi_libraries() -> list[str]:
         return sorted(set(re.findall(mpi.LIBRARY, file.read())))
 
 
-PROBES = ("torch", "horovod", "mpi4py")  # each runs `NAME_facts` in a process of its own
+PROBES = ("torch", "horovod", "mpi4py")  # libraries NAME whose function NAME_facts runs in its own process
 
 
 def probe(name: str) -> dict[str, Any]:

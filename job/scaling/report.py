@@ -39,7 +39,7 @@ PART = {  # what limits a step when this section is long
     TO_DEVICE: "PCIe (copy to the device)",
     COMPUTE: "compute",
     EXPOSED: "communication",
-    STRAGGLERS: "stragglers",
+    STRAGGLERS: STRAGGLERS,
     UPDATE: "compute (update)",
     REST: "host",
 }
