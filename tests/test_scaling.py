@@ -159,16 +159,25 @@ def test_failed_points_are_shown_as_failed(tmp_path):
     path = scaling_data.write_study(tmp_path / "study", sizes=(1, 2), repeats=1, modes=("weak",))
 
     def fail(fields):
-        fields.update(status="failed", error="exit code 1: error: out of memory", timings={})
+        fields.update(status="failed", error="exit code 1: error: out of memory <b>", timings={})
 
     scaling_data.edit_point(path, "real-ranks00002", fail)
     assert report(path).returncode == 0
-    assert "out of memory" in (path / "report" / "report.html").read_text()
+    assert "out of memory &lt;b&gt;" in (path / "report" / "report.html").read_text()
     scaling_data.edit_point(path, "real-ranks00001", fail)
     done = report(path)
     assert done.returncode == 2
     assert len(error_lines(done)) == 1
     assert "out of memory" in (path / "report" / "report.html").read_text()
+
+
+def test_a_study_without_gradients_is_shown_without_predictions(tmp_path):
+    path = scaling_data.write_study(tmp_path / "study", sizes=(1, 2), repeats=1, modes=("weak",))
+    for ranks in ("1", "2"):
+        scaling_data.edit_point(path, f"real-ranks0000{ranks}", lambda fields: fields["timings"].pop("gradients"))
+    assert report(path).returncode == 0
+    page = (path / "report" / "report.html").read_text()
+    assert "nothing is predicted" in page and "Where the time goes" in page and "Cost" not in page
 
 
 def test_unlike_environments_are_refused_without_allow_mixed(tmp_path):
