@@ -1,4 +1,4 @@
-"""Scaling studies: runs of `job.train` on several numbers of ranks, a model of a step's time, a report, the cost.
+"""Scaling studies: runs of `job.train` with several numbers of ranks, a model of a step, a report, costs.
 
-In: a plan, or the directory of a study. Out: points, predictions for more GPUs, and report.html.
+In: a plan, or the folder of a study. Out: measured points, predictions for more GPUs, and report.html.
 """

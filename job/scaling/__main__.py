@@ -99,7 +99,7 @@ def _machine_options(p: Parser) -> None:
 
 
 def _quantity(text: str, unit: str, what: str) -> tuple[float, str]:
-    """A number above 0 and what the group of the pattern `unit` matches behind it, as of `200 Gb/s`."""
+    """The number and the unit of a text such as `200 Gb/s`; `unit` is a pattern with one group."""
     match = re.fullmatch(rf"(\d+\.?\d*|\.\d+)\s*{unit}", text.strip())
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a {what}")
