@@ -61,7 +61,8 @@ def size_of(points: Sequence[Point]) -> Size:
         error = runs[0].error
         half = float(stats.norm.ppf(0.975)) * mean * error / step
     measured = dataclasses.replace(runs[0], sections=sections, step=step, error=error)
-    return Size(measured, points[0].data, tuple(points), mean, max(0.0, mean - half), mean + half)
+    low, high = max(0.0, mean - half), mean + half
+    return Size(measured, points[0].data, tuple(points), images_per_second=mean, low=low, high=high)
 
 
 def sizes_of(study: Study) -> list[Size]:

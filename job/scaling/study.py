@@ -125,7 +125,9 @@ class Point:
         if not all(math.isfinite(v) and v >= 0 for v in sections.values()) or step <= 0:
             raise ValueError("a time that is not a number, or negative")
         error = self.timings["step_seconds"]["std"] / math.sqrt(max(1, self.timings["steps"]))
-        return Measured(self.ranks, self.nodes, self.global_batch, sections, step, error, self.synthetic)
+        return Measured(
+            self.ranks, self.nodes, self.global_batch, sections, step=step, error=error, synthetic=self.synthetic
+        )
 
     def outcome(self) -> str:
         """One line: the speed, or what went wrong."""
@@ -185,7 +187,8 @@ def points_of(plan: Plan) -> list[Point]:
                 batch = _batch_of(plan, mode, ranks)
                 for data in plan.data:
                     name = f"{_kind_of(plan, data)}-ranks{ranks:05d}-batch{batch:06d}-repeat{repeat:02d}"
-                    found[name] = Point(name, ranks, size if plan.slurm else 1, batch, data, repeat)
+                    nodes = size if plan.slurm else 1
+                    found[name] = Point(name, ranks, nodes, global_batch=batch, data=data, repeat=repeat)
         order = list(found.values())
         random.Random(f"{plan.seed} {repeat}").shuffle(order)
         points += order
