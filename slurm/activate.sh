@@ -1,4 +1,5 @@
-# Source this: `. slurm/activate.sh` puts the environment that install.sh set up on PATH: the active one, else .venv.
+# Source this file: `. slurm/activate.sh` activates the environment that install.sh has set up: .venv of the repository,
+# unless an environment that you can write is active already.
 # shellcheck shell=bash disable=SC1091
 _active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
 _own=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv

@@ -71,7 +71,7 @@ def test_what_cannot_be_launched_is_one_line_that_says_what_to_ask_for(launch, e
 
 def test_steps_do_not_inherit_what_srun_refuses_beside_cpus_per_task(launch):
     asked = ["SLURM_CPUS_PER_GPU", "SLURM_NTASKS_PER_GPU", "SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK"]
-    done = launch('use srun; srun() { env; }; "${launch[@]}"', {"srun": "env"}, **dict.fromkeys(asked, "1"))
+    done = launch('set_launch srun; srun() { env; }; "${launch[@]}"', {"srun": "env"}, **dict.fromkeys(asked, "1"))
     assert "SLURM_JOB_ID=7" in done.stdout and not [name for name in asked if name in done.stdout]
 
 
@@ -91,7 +91,7 @@ def test_one_line_tells_what_was_made_of_the_allocation(launch):
     ],
 )
 def test_each_mpi_gets_its_own_program_and_options(launch, version, command):
-    done = launch('use mpirun; echo "${launch[@]}"', {"mpirun": f"echo '{version}'", "nproc": "echo 1"}, **TWO)
+    done = launch('set_launch mpirun; echo "${launch[@]}"', {"mpirun": f"echo '{version}'", "nproc": "echo 1"}, **TWO)
     assert done.stdout.strip().endswith(command), done.stdout + done.stderr
 
 

@@ -1,5 +1,6 @@
-# What the job scripts share. It reads site.sh, and find_launcher makes of the allocation the command that starts the ranks:
-# the array `launch`. In: `repository`; the functions below the line also `options`. Nothing here needs editing.
+# Functions of the job scripts. A cluster's settings are in site.sh, which this file reads; nothing here needs editing.
+# In: the variable `repository`, and the variables that Slurm sets. Out: find_launcher sets the array `launch`, the command
+# that starts the ranks. The functions at the end also use `options`, the options of job.train.
 # shellcheck shell=bash disable=SC2154
 
 say() { echo "$(date '+%F %T') ${SLURM_JOB_NAME:-job} ${SLURM_JOB_ID:-}: $*"; }
@@ -8,7 +9,7 @@ fail() {
     exit 2
 }
 
-# Scripts of modules and of conda use variables that are not set; bash before 4.4 takes an empty array for one.
+# Scripts of modules and of conda use unset variables, and bash before 4.4 treats an empty array as unset.
 set +u
 # shellcheck source-path=SCRIPTDIR source=site.sh
 source "$repository/slurm/site.sh"
@@ -20,16 +21,16 @@ case $LAUNCHER in
     *) fail "LAUNCHER=$LAUNCHER is not one of mpirun, srun, horovodrun; correct slurm/site.sh, or leave it empty" ;;
 esac
 
-# This job to scontrol. The number alone can mean all tasks of an array.
+# Name of this job for scontrol. In a job array the number alone can mean all tasks.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 
-# sbatch --export=NONE would reach the ranks too.
+# Pass the environment on to the ranks, also after sbatch --export=NONE.
 export SLURM_EXPORT_ENV=ALL
 nodes=$SLURM_JOB_NUM_NODES
 gpus=${SLURM_GPUS_ON_NODE:-0}
 
-# Tasks per node, where the user asked for any: Slurm writes 4(x2) for four on each of two nodes, 5,3 for uneven ones.
+# Tasks per node, if the user asked for tasks. Slurm writes 4(x2) for four on each of two nodes, and 5,3 if they differ.
 # shellcheck disable=SC2153
 tasks=${SLURM_NTASKS_PER_NODE%%(*}
 if [ -z "$tasks" ] && [ "${SLURM_NTASKS:-}" ] && [ -z "$RANKS_PER_NODE" ]; then
@@ -37,25 +38,26 @@ if [ -z "$tasks" ] && [ "${SLURM_NTASKS:-}" ] && [ -z "$RANKS_PER_NODE" ]; then
     [[ $SLURM_TASKS_PER_NODE != *,* ]] ||
         fail "Slurm placed $SLURM_NTASKS tasks as $SLURM_TASKS_PER_NODE on $SLURM_JOB_NODELIST, and each node must have as many; use sbatch --nodes=$nodes --ntasks-per-node=N"
 fi
-# Ranks per node: as asked for, else one per GPU, else one.
+# Ranks per node: RANKS_PER_NODE, else the tasks asked for, else one per GPU, else one.
 per_node=${RANKS_PER_NODE:-${tasks:-$((gpus > 1 ? gpus : 1))}}
 [[ $per_node =~ ^[1-9][0-9]*$ ]] || fail "RANKS_PER_NODE=$per_node is not a number above 0; correct slurm/site.sh, or leave it empty"
 all_gpus=${SLURM_GPUS##*:} # of --gpus=N
 if ((gpus && ${all_gpus:-gpus * nodes} != gpus * nodes)); then
     fail "Slurm placed $all_gpus GPUs on $nodes nodes, $gpus of them on $SLURMD_NODENAME, and each node must have as many; use sbatch --nodes=$nodes --gpus-per-node=N"
 fi
-# The smallest node counts, as in "8(x2),4".
+# Cores of the smallest node: 4 in "8(x2),4".
 node_cpus=$(tr , '\n' <<<"${SLURM_JOB_CPUS_PER_NODE:-$SLURM_CPUS_ON_NODE}" | sort -n | head -n 1)
 node_cpus=${node_cpus%%(*}
-share_node() { # ranks and cores, for $per_node ranks on each node
+# Sets `ranks`, and `cpus` per rank, for $per_node ranks on each node.
+count_ranks() {
     ranks=$((nodes * per_node))
     cpus=$((node_cpus / per_node))
     cpus=$((${SLURM_CPUS_PER_TASK:-cpus} < cpus ? SLURM_CPUS_PER_TASK : cpus))
     cpus=$((cpus > 0 ? cpus : 1))
 }
-share_node
-# What was asked for per task or GPU holds for ranks no more; some versions of srun refuse it beside --cpus-per-task. So
-# steps, and mpirun's daemons, see all GPUs of the job on their node.
+count_ranks
+# Limits per task or per GPU do not fit the ranks, and some versions of srun reject them beside --cpus-per-task. Without
+# them, job steps and mpirun's daemons see all GPUs of the job on their node.
 unset SLURM_CPUS_PER_GPU SLURM_NTASKS_PER_GPU SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
 
 if [ "$NETWORK_INTERFACE" ]; then
@@ -65,11 +67,11 @@ if [ "$NETWORK_INTERFACE" ]; then
     export NCCL_SOCKET_IFNAME=$NETWORK_INTERFACE HOROVOD_GLOO_IFACE=$NETWORK_INTERFACE
     export OMPI_MCA_btl_tcp_if_include=$NETWORK_INTERFACE PRTE_MCA_prte_if_include=$NETWORK_INTERFACE
 fi
-# Open MPI notices a node that has vanished after 5 minutes; these make it 20 seconds. First 5, then 4.
+# Let Open MPI (5, then 4) notice a node that has vanished after 20 seconds instead of 5 minutes.
 export PRTE_MCA_oob_tcp_keepalive_time=5 PRTE_MCA_oob_tcp_keepalive_intvl=5 PRTE_MCA_oob_tcp_keepalive_probes=3
 export OMPI_MCA_oob_tcp_keepalive_time=5 OMPI_MCA_oob_tcp_keepalive_intvl=5 OMPI_MCA_oob_tcp_keepalive_probes=3
-# scancel sends SIGTERM to mpirun and its daemons too, and their end would be that of the ranks before these have
-# written a checkpoint. They do not get it (the ranks do). coreutils 8.31 or newer.
+# scancel sends SIGTERM to mpirun and its daemons too; they would kill the ranks before these have written a checkpoint.
+# Block the signal for them, not for the ranks. Needs coreutils 8.31 or newer.
 shield=()
 if env --block-signal=TERM true 2>/dev/null; then
     shield=(env --block-signal=TERM)
@@ -77,17 +79,17 @@ if env --block-signal=TERM true 2>/dev/null; then
     export OMPI_MCA_orte_launch_agent="env --block-signal=TERM,USR1 orted"
 fi
 
-# The command of one launcher, into `launch`.
-use() {
+# set_launch LAUNCHER: sets `launch` to the command of one launcher.
+set_launch() {
     case $1 in
         mpirun)
-            # Slots: ranks follow the GPUs, whatever the number of Slurm's tasks.
+            # mpirun takes the number of slots from Slurm's tasks; make it the number of ranks.
             export SLURM_TASKS_PER_NODE="$per_node(x$nodes)"
             local program=mpirun version
             version=$(mpirun --version 2>/dev/null)
             if grep -qE 'Open ?(MPI|RTE)' <<<"$version"; then
-                # Cores bound apart, where the cores that we see are ours alone; else the ranks of two jobs could be
-                # bound to the same ones.
+                # Bind ranks to cores only if Slurm confines the job to its own cores. Otherwise two jobs on a node
+                # could bind to the same ones.
                 seen=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
                 if [ "$seen" = "$SLURM_CPUS_ON_NODE" ] && ((cpus * per_node <= seen)); then
                     bind=(--use-hwthread-cpus --map-by "ppr:$per_node:node:PE=$cpus" --bind-to hwthread)
@@ -96,13 +98,13 @@ use() {
                 fi
             else
                 bind=(-ppn "$per_node") # MPICH, Intel MPI
-                # Intel's mpirun is a script around this one, and does not pass signals on.
+                # Intel's mpirun is a script around mpiexec.hydra that does not pass signals on.
                 [[ $version != *Intel* ]] || program=mpiexec.hydra
             fi
             launch=("${shield[@]}" "$program" -np "$ranks" "${bind[@]}" "${MPIRUN_OPTIONS[@]}")
             ;;
         srun)
-            # Ranks of a failed job have 20 seconds to end with their own exit codes.
+            # After a rank has failed, the others have 20 seconds to exit with their own exit codes.
             launch=(srun "--mpi=$SRUN_MPI" --kill-on-bad-exit=0 --wait=20 --nodes="$nodes" --ntasks="$ranks"
                 --ntasks-per-node="$per_node" --cpus-per-task="$cpus" --cpu-bind=cores)
             ((node_cpus >= per_node)) || launch+=(--overcommit)
@@ -110,31 +112,31 @@ use() {
         horovodrun)
             hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/:$per_node/" | paste -sd,)
             launch=("${shield[@]}" horovodrun --gloo -np "$ranks" -H "$hosts")
-            # On one node it talks over loopback, whatever the interface to the others is.
+            # On one node horovodrun uses the loopback interface.
             if [ "$NETWORK_INTERFACE" ] && ((nodes > 1)); then launch+=(--network-interface "$NETWORK_INTERFACE"); fi
             ;;
     esac
 }
 
-# Does it start ranks that find each other? Prints why not.
-try() {
+# try_launcher LAUNCHER: fails, and prints why, unless it starts ranks that find each other.
+try_launcher() {
     type "$1" >/dev/null 2>&1 || { echo "no such program; load its module in slurm/site.sh" && return 1; }
-    use "$1"
+    set_launch "$1"
     local check='from mpi4py import MPI; import sys; n = MPI.COMM_WORLD.size
 if n != int(sys.argv[1]): sys.exit(f"{sys.argv[1]} ranks were started, MPI sees {n}: launcher and MPI do not belong together")'
-    if [ "$1" = horovodrun ]; then # as training does it: login shells differ
+    if [ "$1" = horovodrun ]; then # over ssh, as training does, because login shells differ
         timeout 120 "${launch[@]}" "${PYTHON[@]}" -c pass 2>&1
     else
         timeout 120 "${launch[@]}" "${PYTHON[@]}" -c "$check" "$ranks" 2>&1
     fi
 }
 
-# Take LAUNCHER, or the first of the launchers given that works; end the job where none does.
+# find_launcher NAME...: sets `launch` for $LAUNCHER, or else for the first NAME that works. Ends the job if none does.
 find_launcher() {
     local name why reasons=""
     for name in ${LAUNCHER:-"$@"}; do
-        if why=$(try "$name"); then
-            use "$name"
+        if why=$(try_launcher "$name"); then
+            set_launch "$name"
             LAUNCHER=$name
             say "$ranks ranks on $nodes nodes by $name, $per_node per node, each with $cpus CPUs and $((gpus / per_node)) GPUs"
             ((node_cpus >= per_node)) || say "warning: $per_node ranks share $node_cpus CPUs; use --cpus-per-gpu or --cpus-per-task"
@@ -148,16 +150,16 @@ find_launcher() {
     fail "no launcher works on $SLURM_JOB_NODELIST (reasons above); set LAUNCHER and SRUN_MPI in slurm/site.sh"
 }
 
-# ---- For train.sh.
+# ---- Used by train.sh only, except requeue_job.
 
-# Run a command to its end, which signals do not hasten; its exit code also in `code`.
-attend() {
+# run_to_end COMMAND...: waits for a command even if signals arrive. Sets `code` to its exit code.
+run_to_end() {
     "$@" &
     pid=$!
-    end_a_hanging_launcher "$pid" &
+    kill_hanging_launcher "$pid" &
     local watcher=$!
     interrupted=1
-    while [ "$interrupted" ]; do # a signal ends `wait`, too
+    while [ "$interrupted" ]; do # `wait` also returns after a signal
         interrupted=
         wait "$pid"
         code=$?
@@ -167,8 +169,8 @@ attend() {
     return "$code"
 }
 
-# mpirun and srun can wait for a lost node for ever. Once a rank has noted that another hangs, they have 20 seconds left.
-end_a_hanging_launcher() {
+# mpirun and srun can wait forever for a lost node. Kill them 20 seconds after a rank has recorded that another one hangs.
+kill_hanging_launcher() {
     trap - USR1 TERM
     local metrics before last
     metrics=$(option out)/metrics.jsonl
@@ -183,7 +185,7 @@ end_a_hanging_launcher() {
     done
 }
 
-# Remember what was asked for, and ask the ranks for a checkpoint.
+# on_signal NAME: records the signal in `stop`, and asks the ranks for a checkpoint.
 on_signal() {
     interrupted=1
     [ "$stop" = TERM ] || stop=$1
@@ -191,15 +193,15 @@ on_signal() {
     if [ -z "${pid:-}" ]; then
         return
     elif [ "$LAUNCHER" = horovodrun ] && [ ! "${staging:-}" ]; then
-        # It would end at once. Its ranks on this node get the signal from here and tell the others.
+        # horovodrun would exit at once. Signal its ranks on this node instead; they tell the others.
         grep -lsz "^SLURM_JOB_ID=$SLURM_JOB_ID\$" /proc/[0-9]*/environ | xargs -r grep -lsz '^HOROVOD_RANK=' |
             cut -d/ -f3 | xargs -r kill -USR1
     else
-        kill -USR1 "$pid" 2>/dev/null # mpirun and srun hand it on
+        kill -USR1 "$pid" 2>/dev/null # mpirun and srun forward it
     fi
 }
 
-# Names the other nodes of the job that do not answer, if any, and the ranks there.
+# Prints the other nodes of the job that do not answer, with their ranks; nothing if all answer.
 lost_nodes() {
     local node lost first=0
     ((nodes > 1)) || return 0
@@ -215,35 +217,36 @@ lost_nodes() {
     [ -z "$lost" ] || echo "lost ${lost//$'\n'/, }"
 }
 
-# Does Slurm take the nodes away for another job? Then it has sent SIGTERM, but we are to come back.
+# Whether Slurm takes the nodes away for another job. It then sends SIGTERM as scancel does, but the job shall continue.
 preempted() { scontrol show job "$job" | grep -q 'PreemptTime=[0-9]'; }
 
-# STAGE=1: each node copies the shards of --data to its own disk. `code` is 0 where training can begin: also without
-# copies, when a disk has no room for them.
+# STAGE=1: each node copies the shards of --data to its own disk. Sets `code`: 0 if training can start, which includes a
+# disk that is too small for copies.
 stage_data() {
-    find_data
+    name_copies
     say "copying $data to $staged on $nodes nodes"
     staging=1
-    attend srun --mpi=none --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 \
+    run_to_end srun --mpi=none --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 \
         "${PYTHON[@]}" "$repository/slurm/lib/stage.py" "$data" "$staged"
     staging=
     if [ "$code" = 0 ]; then
         say "copied"
         options+=(--data "$staged")
     elif [ "$code" = 3 ]; then
-        say "warning: no copies, for a disk is too small; training reads $data itself"
+        say "warning: no copies, because a disk is too small; training reads $data itself"
         code=0
     fi
 }
 
-find_data() {
+# Sets `data`, the folder of --data, and `staged`, the folder of its copies.
+name_copies() {
     data=$(option data)
     [ -d "$data" ] || fail "STAGE=1: no folder --data $data"
-    # Named after the whole path, so that two data sets do not mix and a requeued job finds its copies.
+    # Named after the whole path: data sets do not mix, and a requeued job finds its copies again.
     staged=$SCRATCH/shards-$(id -un)-$(realpath "$data" | sha256sum | cut -c1-12)
 }
 
-# The value of an option of job.train, the last one where it was given twice.
+# option NAME: prints the value of an option of job.train, the last one if it was given twice.
 option() {
     local i value=
     for i in "${!options[@]}"; do
@@ -255,9 +258,9 @@ option() {
     printf '%s' "$value"
 }
 
-# requeue_job WHY: let Slurm start this job again, unless it has been started often enough.
+# requeue_job WHY: lets Slurm start this job again, at most MAX_REQUEUES times.
 requeue_job() {
-    local limit=${MAX_REQUEUES:-100} # 0: never
+    local limit=${MAX_REQUEUES:-100} # 0: never requeue
     if ((${SLURM_RESTART_COUNT:-0} >= limit)); then
         say "$1; not requeued, for MAX_REQUEUES=$limit"
         return
