@@ -396,8 +396,7 @@ def finish_split(job, records: list[dict], worked: bool) -> None:
     """Write the index of the split, for train mean.npy, and remove what only an unfinished pack needs."""
     import numpy as np
 
-    from shards.format.split import Shard, Split
-    from shards.index import save_index
+    from shards.format.split import Shard, Split, save_index
     from shards.sources.items import table_paths
     from shards.write.shard import SIZES_DIFFER
 
@@ -427,11 +426,11 @@ def finish_split(job, records: list[dict], worked: bool) -> None:
                 encoding="raw" if job.options.encoding == "raw" else "jpeg",
                 height=height,
                 width=width,
+                extra={"wnids": list(job.items.wnids)} if job.items.wnids else {},
             ),
             job.dest,
             np.concatenate([labels for labels, _ in columns]).astype(np.int32),
             np.concatenate([crc32 for _, crc32 in columns]),
-            {"wnids": list(job.items.wnids)} if job.items.wnids else {},
         )
     megabytes = sum(record["filesize"] for record in records) / 1e6
     print(

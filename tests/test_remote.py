@@ -212,7 +212,7 @@ def test_drops_in_worker_processes_are_counted(server, tmp_path, capsys):
     server.drops = 4
     capsys.readouterr()
     assert verify.main([str(folder), "--json", "--workers", "2"]) == 0
-    assert "4 dropped connections were taken up again" in json.loads(capsys.readouterr().out)["notes"]
+    assert "4 dropped connections were resumed" in json.loads(capsys.readouterr().out)["notes"]
 
 
 def test_remote_shards_are_indexed_into_a_folder(server, tmp_path):

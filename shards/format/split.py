@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # numpy is imported where it is used: --help of the commands 
 INDEX_VERSION = "v1.2"  # first word of an .idx file as NVIDIA DALI's wds2idx writes it
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of image members, in lower case, unless the encoding is "raw"
 
+_FIELDS = set(
+    "__kind__ wids_version name shardlist classes mean image label labels labels_sha256 crc32 crc32_sha256".split()
+)  # of <split>.json that `Split` holds under names of its own
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
@@ -66,9 +69,11 @@ class Split:
     labels_sha256: str = ""  # hex digest of that file: no damage gives a wrong label
     crc32: str = ""  # file of a CRC-32 a sample (uint32 .npy) over its members' data in .idx order; empty: none
     crc32_sha256: str = ""
+    extra: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # further fields of the JSON
 
     @property
     def nsamples(self) -> int:
+        """Samples of all shards."""
         return sum(shard.nsamples for shard in self.shards)
 
     def path(self, name: str) -> str:
@@ -173,6 +178,7 @@ def parse_split(fields: dict, name: str, root: str, path: str) -> Split:
             labels_sha256=str(fields.get("labels_sha256", "")),
             crc32=str(fields.get("crc32", "")),
             crc32_sha256=str(fields.get("crc32_sha256", "")),
+            extra={name: value for name, value in fields.items() if name not in _FIELDS},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
@@ -187,7 +193,7 @@ def parse_split(fields: dict, name: str, root: str, path: str) -> Split:
 
 
 def save_split(split: Split, path: str, **extra) -> None:
-    """Write `<split>.json` at `path`, whole or not at all. `extra` are further fields (class_counts, ...)."""
+    """Write `<split>.json` at `path`, whole or not at all. `extra`: further fields, besides `split.extra`."""
     fields = {
         "__kind__": "wids-shard-index-v1",
         "wids_version": 1,
@@ -201,9 +207,28 @@ def save_split(split: Split, path: str, **extra) -> None:
         "labels_sha256": split.labels_sha256,
         "crc32": split.crc32,
         "crc32_sha256": split.crc32_sha256,
-        **extra,
     }
-    write_whole(path, (json.dumps(fields, indent=1) + "\n").encode())
+    write_whole(path, (json.dumps({**fields, **split.extra, **extra}, indent=1) + "\n").encode())
+
+
+def save_index(split: Split, out: str, labels: "np.ndarray", crc32: "np.ndarray | None") -> Split:
+    """Write `<split>.labels.npy`, `<split>.crc32.npy` and, last, `<split>.json` into `out`; the split as written.
+
+    Args:
+        labels: int32 (nsamples,), in shard order.
+        crc32: uint32 (nsamples,); None: not known, and the index then has none.
+    """
+    import numpy as np
+
+    name = f"{split.name}.labels.npy"
+    split = dataclasses.replace(split, labels=name, labels_sha256=save_column(out, name, labels), crc32="")
+    if crc32 is not None:
+        name = f"{split.name}.crc32.npy"
+        split = dataclasses.replace(split, crc32=name, crc32_sha256=save_column(out, name, crc32))
+    counts = np.bincount(labels, minlength=len(split.classes)).tolist()
+    split = dataclasses.replace(split, extra={"class_counts": []} | split.extra | {"class_counts": counts})
+    save_split(split, os.path.join(out, f"{split.name}.json"))
+    return split
 
 
 def _shard_fields(shard: Shard) -> dict:
