@@ -298,14 +298,20 @@ def parse_npy(data: bytes) -> "np.ndarray":
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
-def save_column(folder: str, name: str, values: "np.ndarray") -> str:
-    """Write an array (`<split>.labels.npy`, int32; `<split>.crc32.npy`, uint32) and return the file's sha256."""
+def npy_bytes(values: "np.ndarray") -> bytes:
+    """An array as the bytes of a .npy file."""
     import numpy as np
 
-    buffer = io.BytesIO()
-    np.save(buffer, values, allow_pickle=False)
-    write_whole(os.path.join(folder, name), buffer.getvalue())
-    return hashlib.sha256(buffer.getvalue()).hexdigest()
+    file = io.BytesIO()
+    np.save(file, values, allow_pickle=False)
+    return file.getvalue()
+
+
+def save_column(folder: str, name: str, values: "np.ndarray") -> str:
+    """Write an array (`<split>.labels.npy`, int32; `<split>.crc32.npy`, uint32) and return the file's sha256."""
+    data = npy_bytes(values)
+    write_whole(os.path.join(folder, name), data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def idx_path(tar: str) -> str:

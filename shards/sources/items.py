@@ -1,7 +1,7 @@
 """The images of one split of a source, as flat arrays: where each one's bytes are, its label and its name.
 
 In: rows added one by one by shards.sources. Out: `Items`, 32 bytes an image and its name, saved to two files that all
-packing processes map into memory; `Reader`, which reads the bytes of any image.
+packing processes map into memory; `SourceReader`, which reads the bytes of any image.
 """
 
 import array
@@ -20,7 +20,7 @@ from shards.read.images import BadImage
 ROW = np.dtype([("label", "<i4"), ("file", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("name", "<i8")])
 WHOLE_FILE = -1  # `offset` of an image that is a file of its own: files[file]/name
 MAX_FILE_BYTES = 1 << 26  # an image file larger than this is refused unread; the read-ahead holds a few of them
-_OPEN_FILES = 64  # archives that a Reader keeps open
+_OPEN_FILES = 64  # archives that a SourceReader keeps open
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def without_table(items: Items) -> Items:
     return dataclasses.replace(items, table=np.empty(0, ROW), names=np.empty(0, np.uint8))
 
 
-class Reader:
+class SourceReader:
     """Reads the bytes of single images; safe for several threads at once."""
 
     def __init__(self, items: Items):

@@ -133,7 +133,7 @@ def pack_rate(source: str, dest: str, encoding: str, workers: int) -> tuple[floa
     from shards.sources import find as sources
     from shards.sources.items import save_table, without_table
     from shards.write.pool import pack_all
-    from shards.write.shard import STATE, Job, Options
+    from shards.write.shard import STATE, Options, Packing, ShardId
 
     os.makedirs(os.path.join(dest, STATE))
     (items,) = sources.find(source)
@@ -143,13 +143,13 @@ def pack_rate(source: str, dest: str, encoding: str, workers: int) -> tuple[floa
     done: list[tuple[float, int, int]] = []
     peak = 0
 
-    def on_record(task, record) -> None:
+    def on_record(shard, record) -> None:
         nonlocal peak
-        done.append((time.perf_counter(), record["nsamples"], record["filesize"]))
+        done.append((time.perf_counter(), record.nsamples, record.filesize))
         peak = max([peak, *(_resident(child.pid) for child in multiprocessing.active_children())])
 
-    job = Job(dest, without_table(items), options, nshards)
-    pack_all([job], [(0, shard) for shard in range(nshards)], workers, None, lambda count: None, on_record)
+    packing = Packing(dest, without_table(items), options, nshards)
+    pack_all([packing], [ShardId(0, shard) for shard in range(nshards)], workers, None, lambda count: None, on_record)
     # From the moment at which every process has finished a shard: imports and first uses are over.
     warm = workers
     seconds = done[-1][0] - done[warm - 1][0]
