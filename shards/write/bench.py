@@ -2,57 +2,58 @@
 
 In: nothing. Out: images/s of the loop and of shards.pack with 1 and 2 processes, what two loops at once gain (two cores
 of a shared machine seldom do twice the work of one), MB/s of raw and copy beside plain writing to the same disk, and
-resident memory; taken in turns, so that a busy machine slows all of them alike.
+resident memory. They are measured in turns, so that a busy machine slows all of them alike.
 """
 
 import io
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import shutil
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 
-import numpy as np
+from shards.machine.facts import cpu_and_cores, versions
+from shards.sources.find import find
+from shards.sources.items import save_table, without_table
+from shards.sources.synthetic import write_photographs
+from shards.write.pool import pack_all
+from shards.write.shard import STATE, Options, Packing, ShardId
 
-from shards.machine.cores import cores_given
-
-HEIGHT, WIDTH, QUALITY = 375, 500, 95  # the usual photograph of ImageNet, at the high end of its qualities
+# The usual photograph of ImageNet: with this quality and spectrum, 107 KB each.
+HEIGHT, WIDTH, QUALITY, SPECTRUM = 375, 500, 95, 1.3
 SIZE, STORED_QUALITY = 256, 90
 PHOTOS = 48  # different ones
 COPIES = 100  # of each, as files
-# Images a shard: few enough that the one process that packs the last shard alone hardly counts, enough that flushing to
-# disk does not either.
+# Images per shard: few enough that the one process that packs the last shard alone hardly counts, enough that flushing
+# to disk does not either.
 SHARD = 200
 ROUNDS = 3
 
 
 def bench(as_json: bool) -> int:
-    """Run all measurements and print them."""
+    """Run all measurements and print them; the exit code."""
+    runs: dict[str, list[float]] = defaultdict(list)
+    memory = 0
     with tempfile.TemporaryDirectory(prefix="pack-bench-") as folder:
-        photos = make_photos()
-        source = os.path.join(folder, "source", "train", "class")
-        os.makedirs(source)
-        for number in range(PHOTOS * COPIES):
-            with open(os.path.join(source, f"{number:05}.jpg"), "wb") as file:
-                file.write(photos[number % PHOTOS])
-        files = [os.path.join(source, name) for name in sorted(os.listdir(source))]
-        runs: dict[str, list[float]] = {}
-        memory = 0
+        source = os.path.join(folder, "source")
+        train = os.path.join(source, "train", "class")
+        files = write_photographs(train, PHOTOS, COPIES, (HEIGHT, WIDTH), QUALITY, SPECTRUM)
+        size = sum(map(os.path.getsize, files)) / len(files)
         for turn in range(ROUNDS):
-            _note(runs, "pillow", pillow_loop(files[: 4 * PHOTOS]))
-            _note(runs, "pillow_2", pillow_loops_at_once(files[: 4 * PHOTOS], 2))
+            runs["pillow"].append(pillow_loop(files[: 4 * PHOTOS]))
+            runs["pillow_2"].append(pillow_loops_at_once(files[: 4 * PHOTOS], 2))
             for encoding, workers in (("jpeg", 1), ("jpeg", 2), ("raw", 1), ("copy", 1))[: 2 if turn else 4]:
                 dest = os.path.join(folder, f"{encoding}-{workers}-{turn}")
-                images, megabytes, peak = pack_rate(os.path.join(folder, "source"), dest, encoding, workers)
+                images, megabytes, peak = pack_rate(source, dest, encoding, workers)
                 shutil.rmtree(dest)
                 memory = max(memory, peak)
-                _note(runs, f"{encoding}_{workers}", images if encoding == "jpeg" else megabytes)
+                runs[f"{encoding}_{workers}"].append(images if encoding == "jpeg" else megabytes)
             if not turn:
-                _note(runs, "disk", write_rate(folder, files))
+                runs["disk"].append(write_rate(folder, files))
     result = {name: round(statistics.median(values), 1) for name, values in runs.items()}
     report = {
         "images_per_second": result["jpeg_1"],
@@ -65,34 +66,13 @@ def bench(as_json: bool) -> int:
         "copy_megabytes_per_second": result["copy_1"],
         "disk_megabytes_per_second": result["disk"],
         "resident_mebibytes": memory,
-        "image_kilobytes": round(sum(map(len, photos)) / len(photos) / 1e3, 1),
-        "rounds": runs,
-        "device": f"{_processor()}, {cores_given().count} cores",
-        "versions": _versions(),
+        "image_kilobytes": round(size / 1e3, 1),
+        "rounds": {name: [round(value, 1) for value in values] for name, values in runs.items()},
+        "device": cpu_and_cores(),
+        "versions": versions(),
     }
     print(json.dumps(report) if as_json else _text(report))
     return 0
-
-
-def make_photos() -> list[bytes]:
-    """JPEG files with the spectrum of photographs (amplitude falls as 1/frequency) and sensor noise."""
-    from PIL import Image
-
-    random = np.random.default_rng(0)
-    photos = []
-    for _ in range(PHOTOS):
-        picture = np.zeros((HEIGHT, WIDTH, 3))
-        for cells in (4, 8, 16, 32, 64, 128):
-            for channel in range(3):
-                coarse = Image.fromarray(random.normal(size=(cells, cells)).astype(np.float32))
-                picture[..., channel] += (
-                    np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)) / cells**0.9
-                )
-        picture = (picture - picture.mean()) / picture.std() * 55 + 120 + random.normal(size=picture.shape) * 10
-        file = io.BytesIO()
-        Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=QUALITY)
-        photos.append(file.getvalue())
-    return photos
 
 
 def pillow_loop(files: list[str]) -> float:
@@ -130,17 +110,11 @@ def _loop_beside(files: list[str], barrier, rates) -> None:
 
 def pack_rate(source: str, dest: str, encoding: str, workers: int) -> tuple[float, float, int]:
     """Images/s and MB/s of packing once the processes are warm, and the largest one's resident memory in MiB."""
-    from shards.sources import find as sources
-    from shards.sources.items import save_table, without_table
-    from shards.write.pool import pack_all
-    from shards.write.shard import STATE, Options, Packing, ShardId
-
     os.makedirs(os.path.join(dest, STATE))
-    (items,) = sources.find(source)
+    (items,) = find(source)
     options = {"jpeg": Options(), "raw": Options(encoding="raw"), "copy": Options(0, "none", "copy", 0)}[encoding]
-    nshards = len(items.table) // SHARD
     save_table(items, os.path.join(dest, STATE))
-    done: list[tuple[float, int, int]] = []
+    done: list[tuple[float, int, int]] = []  # seconds, images and bytes of each finished shard
     peak = 0
 
     def on_record(shard, record) -> None:
@@ -148,6 +122,7 @@ def pack_rate(source: str, dest: str, encoding: str, workers: int) -> tuple[floa
         done.append((time.perf_counter(), record.nsamples, record.filesize))
         peak = max([peak, *(_resident(child.pid) for child in multiprocessing.active_children())])
 
+    nshards = len(items.table) // SHARD
     packing = Packing(dest, without_table(items), options, nshards)
     pack_all([packing], [ShardId(0, shard) for shard in range(nshards)], workers, None, lambda count: None, on_record)
     # From the moment at which every process has finished a shard: imports and first uses are over.
@@ -160,10 +135,9 @@ def pack_rate(source: str, dest: str, encoding: str, workers: int) -> tuple[floa
 
 def write_rate(folder: str, files: list[str]) -> float:
     """MB/s of copying the same files into one file in pieces of a shard's size, each flushed to disk."""
-    path = os.path.join(folder, "plain")
     size, start = 0, time.perf_counter()
     for first in range(0, len(files), SHARD):
-        with open(path, "wb") as out:
+        with open(os.path.join(folder, "plain"), "wb") as out:
             for name in files[first : first + SHARD]:
                 with open(name, "rb") as file:
                     size += out.write(file.read())
@@ -177,10 +151,6 @@ def _ratio(ours: list[float], theirs: list[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 2)
 
 
-def _note(runs: dict[str, list[float]], name: str, value: float) -> None:
-    runs.setdefault(name, []).append(round(value, 1))
-
-
 def _resident(pid: int) -> int:
     """Peak resident memory of a process, MiB."""
     try:
@@ -190,45 +160,19 @@ def _resident(pid: int) -> int:
         return 0
 
 
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for package in ("pillow", "simplejpeg", "torch", "webdataset", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
 def _text(report: dict) -> str:
-    rows = [
-        ("plain Pillow loop", f"{report['pillow_images_per_second']:8.0f} images/s"),
-        ("two such loops at once", f"{'':17}{report['scaling_2_pillow_loops']} times one: what this machine gives"),
-        (
-            "shards.pack, 1 process",
-            f"{report['images_per_second']:8.0f} images/s, {report['speedup_over_pillow']} times the loop",
-        ),
-        (
-            "shards.pack, 2 processes",
-            f"{report['images_per_second_2_processes']:8.0f} images/s, {report['scaling_2_processes']} times one",
-        ),
-        ("--encoding raw, 1 process", f"{report['raw_megabytes_per_second']:8.0f} MB/s"),
-        ("--encoding copy, 1 process", f"{report['copy_megabytes_per_second']:8.0f} MB/s"),
-        ("plain copying to this disk", f"{report['disk_megabytes_per_second']:8.0f} MB/s"),
-        ("resident memory a process", f"{report['resident_mebibytes']:8} MiB"),
-    ]
-    head = (
-        f"{PHOTOS * COPIES:,} JPEGs of {WIDTH}x{HEIGHT}, quality {QUALITY}, {report['image_kilobytes']:.0f} KB "
-        f"-> {SIZE}x{SIZE}, quality {STORED_QUALITY}; median of {ROUNDS} rounds\n{report['device']}"
-    )
-    return "\n".join([head, *(f"  {name:<28}{value}" for name, value in rows)])
+    """The report as lines of text."""
+    lines = """\
+{count:,} JPEGs of {width}x{height}, quality {quality}, {image_kilobytes:.0f} KB -> {size}x{size}, quality {stored}; \
+median of {turns} rounds
+{device}
+  plain Pillow loop           {pillow_images_per_second:8.0f} images/s
+  two such loops at once      {scaling_2_pillow_loops:8} times one: what this machine gives
+  shards.pack, 1 process      {images_per_second:8.0f} images/s, {speedup_over_pillow} times the loop
+  shards.pack, 2 processes    {images_per_second_2_processes:8.0f} images/s, {scaling_2_processes} times one
+  --encoding raw, 1 process   {raw_megabytes_per_second:8.0f} MB/s
+  --encoding copy, 1 process  {copy_megabytes_per_second:8.0f} MB/s
+  plain copying to this disk  {disk_megabytes_per_second:8.0f} MB/s
+  resident memory, 1 process  {resident_mebibytes:8} MiB"""
+    about = {"count": PHOTOS * COPIES, "width": WIDTH, "height": HEIGHT, "quality": QUALITY, "size": SIZE}
+    return lines.format(**report, **about, stored=STORED_QUALITY, turns=ROUNDS)
