@@ -109,7 +109,7 @@ def refuse_foreign(path: str) -> None:
     """Raise InputError where a local file is of another known kind than a tar."""
     with open(path, "rb") as file:
         block = file.read(BLOCK)
-    if not _is_header(block) and (kind := foreign_kind(block)):
+    if header_size(block) is None and (kind := foreign_kind(block)):
         raise InputError(f"{path} is not a tar: it is {kind}", everywhere=False)
 
 
@@ -210,56 +210,80 @@ def members(read: Read, end: int, start: int = 0) -> Iterator[Member]:
         yield item
 
 
-def is_header_of(block: bytes, member: Member) -> bool:
-    """Whether the 512 bytes before a member's data are its header: a sound one, of its size and name.
-
-    A long or non-ASCII name stands in full in a header before this one, so that there the size alone is compared.
-    """
+def header_size(block: bytes) -> int | None:
+    """Bytes of data that follow this block by its own account; None: it is not a sound tar header."""
     try:
-        _, name, size = _parse_header(block, member.offset - BLOCK) if len(block) == BLOCK else (b"", "", -1)
+        return _parse_header(block, 0)[2] if len(block) == BLOCK else None
     except TarError:
+        return None
+
+
+def is_header_of(block: bytes, member: Member) -> bool:
+    """Whether the 512 bytes before a member's data are its header: a sound one, with its size and name.
+
+    Only the size is compared where the .idx has no names (v1.1), and where the name is long or not ASCII: it is then
+    in a PAX header before this one.
+    """
+    if header_size(block) != member.size:
         return False
-    extended = len(member.name) > 100 or not member.name.isascii()
-    return size == member.size and (extended or idx_word(name) == idx_word(member.name))
+    if not member.name or len(member.name) >= 100 or not member.name.isascii():
+        return True
+    names = (_parse_header(block, 0)[1], member.name)
+    return len({idx_word(name).removeprefix("./") for name in names}) == 1
 
 
-# Python's tarfile reads the same formats, but ends without a word at a damaged or cut-off header (so samples would be
-# lost unseen), never notices data behind an end-of-archive mark, and parses a third as many headers a second.
+class _Extensions:
+    """What PAX headers and GNU long names say of the members that follow them."""
+
+    def __init__(self):
+        self._all: dict[str, bytes] = {}  # PAX records of all members that follow
+        self.next: dict[str, bytes] = {}  # those of the next member, and its GNU long name
+
+    def header(self, block: bytes, position: int) -> tuple[bytes, str, int]:
+        """Type, name and size of the member whose header is `block`. Raises TarError."""
+        kind, name, size = _parse_header(block, position)
+        path = self.next.get("path") or self._all.get("path")
+        if path and kind in _FILE_TYPES:  # a long name, which the header itself has cut off
+            name = path.decode("utf-8", "surrogateescape")
+        if kind in _NO_DATA_TYPES or (kind == b"\0" and name.endswith("/")):  # the latter: a folder, before 1988
+            size = size if "size" in self.next else 0
+        elif "size" in self.next or "size" in self._all:
+            size = _decimal(self.next.get("size", self._all.get("size", b"")), position)
+        return kind, name, size
+
+    def add(self, kind: bytes, text: bytes, position: int) -> None:
+        """Take over the data of a header of type `kind` at `position`. Raises TarError."""
+        if kind == b"L":
+            self.next["path"] = text.split(b"\0", 1)[0]
+        elif kind in b"xX":
+            self.next.update(_parse_pax(text, position))
+        elif kind == b"g":
+            self._all.update(_parse_pax(text, position))
+
+
+# Python's tarfile reads the same formats, but stops without a word at a damaged or cut-off header (so samples would be
+# lost unnoticed), never notices data after an end-of-archive mark, and parses a third as many headers per second.
 def _walk(read: Read, end: int, start: int) -> Iterator[Member | TarError]:
-    """Regular files in order, and a TarError at each damaged place, behind which the next sound header is sought."""
+    """Regular files in order, and a TarError at each damaged place, after which the next sound header is sought."""
     position = start
     if start >= end:
         yield TarError(start, "it is empty (0 bytes)")
-        return
-    shared: dict[str, bytes] = {}  # PAX records for all members that follow
-    own: dict[str, bytes] = {}  # those for the next member, and its GNU long name
+    extensions = _Extensions()
     while position < end:
         block = read(position, BLOCK)
         try:
             if len(block) < BLOCK or end - position < BLOCK:
                 raise TarError(position, f"the file ends {len(block)} bytes into a 512-byte header: it was cut off")
             if block == _ZEROS:
-                behind = _first_nonzero(read, position + BLOCK, end)
-                if behind is None:
-                    if end - position > _MOST_ZEROS:
-                        message = f"its last {end - position:,} bytes are zeros: a download that has not finished?"
-                        yield TarError(position, message)
-                    return
-                yield TarError(behind, "there is data after the end-of-archive mark")
-                own, position = {}, _next_header(read, behind - BLOCK, end)
+                error, position = _end_mark(read, position, end)
+                extensions.next = {}
+                if error:
+                    yield error
                 if position >= end:
                     return
                 continue
-            kind, name, size = _parse_header(block, position)
+            kind, name, size = extensions.header(block, position)
             data = position + BLOCK
-            path = own.get("path") or shared.get("path")
-            if path and kind in _FILE_TYPES:  # a long name: in the header itself it is cut off
-                name = path.decode("utf-8", "surrogateescape")
-            if kind in _NO_DATA_TYPES or (kind == b"\0" and name.endswith("/")):  # the latter: a folder, before 1988
-                if "size" not in own:
-                    size = 0
-            elif "size" in own or "size" in shared:
-                size = _decimal(own.get("size", shared.get("size", b"")), position)
             following = data + (size + BLOCK - 1) // BLOCK * BLOCK
             if data + size > end:
                 yield TarError(position, f"{short(name)!r} should have {size} bytes, the file ends after {end - data}")
@@ -267,34 +291,50 @@ def _walk(read: Read, end: int, start: int) -> Iterator[Member | TarError]:
             if kind in b"xgXLK":
                 if size > _META_LIMIT:
                     raise TarError(position, f"a header of {size} bytes")
-                text = read(data, size)
-                if kind == b"L":
-                    own["path"] = text.split(b"\0", 1)[0]
-                elif kind in b"xX":
-                    own.update(_parse_pax(text, position))
-                elif kind == b"g":
-                    shared.update(_parse_pax(text, position))
+                extensions.add(kind, read(data, size), position)
             else:
-                if kind == b"S" or any(key.startswith("GNU.sparse.") for key in own):
+                if kind == b"S" or any(key.startswith("GNU.sparse.") for key in extensions.next):
                     raise TarError(position, f"{short(name)!r} is a sparse file; pack it again without tar's --sparse")
                 if kind in _FILE_TYPES and not name.endswith("/"):
                     yield Member(split_name(name)[1], data, size, name)
-                own = {}
+                extensions.next = {}
             if following > end:
                 yield TarError(position, f"the file ends within the padding of {short(name)!r}: it was cut off")
                 return
             position = following
         except TarError as error:
-            strange = position == start and not _is_header(block)
-            kind = foreign_kind(block) if strange else ""
-            following = end if kind else _next_header(read, position, end)
-            if not kind and strange and following >= end and len(block) == BLOCK:
-                kind = f"{end - start} bytes without one tar header, which begin with {block[:16]!r}"
-            yield NotTar(f"it is {kind}") if kind else error
-            if following >= end:
+            error, position = _after_damage(error, read, block, position, end, start)
+            yield error
+            if position >= end:
                 return
-            own, position = {}, following
-    yield TarError(end, "it ends without an end-of-archive mark: it may have been cut off between two files")
+            extensions.next = {}
+    if start < end:
+        yield TarError(end, "it ends without an end-of-archive mark: it may have been cut off between two files")
+
+
+def _end_mark(read: Read, position: int, end: int) -> tuple[TarError | None, int]:
+    """What is wrong from a block of zeros on, and where the next sound header is (`end`: there is none)."""
+    after = _first_nonzero(read, position + BLOCK, end)
+    if after is not None:
+        error = TarError(after, "there is data after the end-of-archive mark")
+        return error, _next_header(read, after - BLOCK, end)
+    if end - position > _MOST_ZEROS:
+        message = f"its last {end - position:,} bytes are zeros: a download that has not finished?"
+        return TarError(position, message), end
+    return None, end
+
+
+def _after_damage(
+    error: TarError, read: Read, block: bytes, position: int, end: int, start: int
+) -> tuple[TarError, int]:
+    """The error to report for a damaged `block` at `position`, and where the next sound header is."""
+    first = position == start and header_size(block) is None
+    if first and (kind := foreign_kind(block)):
+        return NotTar(f"it is {kind}"), end
+    following = _next_header(read, position, end)
+    if first and following >= end and len(block) == BLOCK:
+        return NotTar(f"it is {end - start} bytes without one tar header, which begin with {block[:16]!r}"), end
+    return error, following
 
 
 def _parse_header(block: bytes, offset: int) -> tuple[bytes, str, int]:
@@ -366,21 +406,13 @@ def _first_nonzero(read: Read, position: int, end: int) -> int | None:
 
 
 def _next_header(read: Read, position: int, end: int) -> int:
-    """Start of the first block behind `position` that is a sound header; `end` where there is none."""
+    """Start of the first block after `position` that is a sound header; `end` if there is none."""
     position += BLOCK
     while position + BLOCK <= end:
         block = read(position, BLOCK)
         if len(block) < BLOCK:
             break
-        if block != _ZEROS and _is_header(block):
+        if block != _ZEROS and header_size(block) is not None:
             return position
         position += BLOCK
     return end
-
-
-def _is_header(block: bytes) -> bool:
-    try:
-        _parse_header(block, 0)
-        return len(block) == BLOCK
-    except (TarError, IndexError):  # the latter: a short block
-        return False

@@ -11,19 +11,16 @@ import errno
 import operator
 import os
 import resource
-import tarfile
 import time
 
 from shards.errors import InputError, few
 from shards.format.split import IMAGE_EXTENSIONS, INDEX_VERSION, Member, Shard, Split, image_member, read_idx
-from shards.format.tar import refuse_foreign
+from shards.format.tar import BLOCK, header_size, is_header_of, refuse_foreign
 from shards.machine.files import check_regular, is_remote, read_file
 
 # Environment variable: a folder on the node's own disk in which remote shards are kept. Without it every image is a
 # request of its own, which is for trying out only.
 CACHE_VARIABLE = "SHARDS_CACHE"
-
-_BLOCK = 512  # bytes of a tar header
 
 # Shards held open by a reader: one shuffle window of 64 streams touches about 320.
 _OPEN_SHARDS = 512
@@ -71,10 +68,10 @@ class ShardReader:
         """
         entry = self._entry(shard)
         offset, size = entry.offsets[sample], entry.sizes[sample]
-        data = self._pread(shard, entry, offset - _BLOCK, size + _BLOCK)
-        if not _is_header(data[:_BLOCK], size):
-            raise DamagedSample(f"its tar header at byte {offset - _BLOCK} is damaged")
-        return data[_BLOCK:]
+        data = self._pread(shard, entry, offset - BLOCK, size + BLOCK)
+        if not _is_header(data[:BLOCK], size):
+            raise DamagedSample(f"its tar header at byte {offset - BLOCK} is damaged")
+        return data[BLOCK:]
 
     def close(self) -> None:
         while self._open:
@@ -119,8 +116,8 @@ class ShardReader:
             filesize = os.fstat(descriptor).st_size
             self._check_size(path, shard, filesize, end)
             for member in (first, last):
-                header = os.pread(descriptor, _BLOCK, member.offset - _BLOCK)
-                if not _names(header, member):
+                header = os.pread(descriptor, BLOCK, member.offset - BLOCK)
+                if not is_header_of(header, member):
                     refuse_foreign(path)
                     raise InputError(
                         f"{self.split.idx_path(shard)} does not belong to {path}: {member.name or 'a member'} is not "
@@ -218,28 +215,7 @@ def _is_header(header: memoryview, size: int) -> bool:
                 return True
         except ValueError:
             pass  # another way to write a number, or damage
-    info = _header(bytes(header))
-    return info is not None and info.size == size
-
-
-def _header(block: bytes) -> tarfile.TarInfo | None:
-    """A tar header, its checksum verified; None: it is none."""
-    try:
-        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return None
-
-
-def _names(block: bytes, member: Member) -> bool:
-    """Whether a block is the header of a member, by name and size."""
-    info = _header(block)
-    if info is None or info.size != member.size:
-        return False
-    # No names in format v1.1; a PAX header before this one holds those that are long or not ASCII; in the index blanks
-    # are %20.
-    if not member.name or len(member.name) >= 100 or not member.name.isascii() or "%" in member.name:
-        return True
-    return info.name.removeprefix("./") == member.name.removeprefix("./")
+    return header_size(bytes(header)) == size
 
 
 def _image_members(split: Split, shard: Shard) -> tuple[array.array, array.array, Member, Member]:
