@@ -26,8 +26,8 @@ Archives are read where they lie. The same command, given again after a stop, ca
 def parser() -> Parser:
     """Options of the command."""
     p = Parser(prog="python -m shards.pack", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("source", nargs="?", metavar="SOURCE")
-    p.add_argument("dest", nargs="?", metavar="DEST", help="folder for the shards")
+    p.add_argument("source", metavar="SOURCE")
+    p.add_argument("dest", metavar="DEST", help="folder for the shards")
     p.add_argument("--resize", type=int, metavar="N", help="pixels (default 256); 0 keeps sizes")
     p.add_argument(
         "--fit",
@@ -54,22 +54,12 @@ def parser() -> Parser:
         metavar="N",
         help="images that cannot be decoded and are left out\nbefore that is an error (default 0)",
     )
-    p.add_argument("--bench", action="store_true", help="measure packing beside a plain Pillow loop; no SOURCE, DEST")
-    p.add_argument("--json", action="store_true", help="with --bench: print one JSON object")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     """Pack SOURCE into DEST; the exit code."""
     arguments = parser().parse_args(argv)
-    if arguments.bench:
-        if arguments.source:
-            raise InputError("--bench makes its own images: leave SOURCE and DEST out")
-        from shards.write.bench import bench
-
-        return bench(as_json=arguments.json)
-    if not arguments.dest:
-        raise InputError("SOURCE and DEST are needed (python -m shards.pack --help)")
     options = checked_options(arguments)
     from shards.write.pool import mpi_world, serve_rank
 
@@ -79,10 +69,10 @@ def main(argv: list[str] | None = None) -> int:
         if packings is not None:  # else rank 0 found nothing to do, or an error, and said so
             serve_rank(comm, packings)
         return 0
-    from shards.write.pack import Request, pack
+    from shards.write.pack import pack
 
     names = ("source", "dest", "split", "labels", "workers", "max_bad")
-    return pack(Request(**{name: getattr(arguments, name) for name in names}), options, comm)
+    return pack(options, comm, **{name: getattr(arguments, name) for name in names})
 
 
 def checked_options(arguments: argparse.Namespace) -> "Options":

@@ -245,18 +245,12 @@ def _by_label_and_name(row: tuple) -> tuple[int, str]:
 
 
 def _tar_members(path: str) -> list:
-    """Members of one of the archives. It must end as tar ends it: a download may stop between two members."""
-    size = os.path.getsize(path)
+    """Members of one of the archives."""
     with open(path, "rb") as file:
         try:
-            members = list(tar.members(tar.file_read(file), size))
+            return list(tar.members(tar.file_read(file), os.path.getsize(path)))
         except tar.TarError as error:
             raise InputError(f"{path} is not a whole tar: {error}") from None
-        last = members[-1] if members else None
-        end = last.offset + (last.size + tar.BLOCK - 1) // tar.BLOCK * tar.BLOCK if last else 0
-        if os.pread(file.fileno(), tar.BLOCK, end) != bytes(tar.BLOCK):
-            raise InputError(f"{path} is not a whole tar: it ends after {len(members)} files without an end mark")
-    return members
 
 
 def _class_tars(archive: str, members: list, rows: Rows) -> list[str]:

@@ -27,29 +27,33 @@ TOO_MANY_BAD = 1000  # unreadable images beyond --max-bad at which packing stops
 _SHOWN_ENDINGS = 5  # of files that are not images
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What to pack, and where to."""
+def pack(
+    options: Options,
+    comm,
+    source: str,
+    dest: str,
+    split: str = "",
+    labels: str = "",
+    workers: int | None = None,
+    max_bad: int = 0,
+) -> int:
+    """Pack everything; the exit code.
 
-    source: str
-    dest: str
-    split: str = ""  # name of the only split, or pack only this one
-    labels: str = ""  # file of labels
-    workers: int | None = None  # processes; None: one per core
-    max_bad: int = 0  # images that may be left out
-
-
-def pack(request: Request, options: Options, comm) -> int:
-    """Pack everything; the exit code. `comm`: an MPI communicator of which this is rank 0, or None.
+    Args:
+        comm: MPI communicator of which this is rank 0; None: this is the only process.
+        split: name of the only split, or the only one to pack.
+        labels: file of labels (see shards.sources.labels).
+        workers: processes; None: one per core.
+        max_bad: images that may be left out.
 
     Raises:
         InputError: SOURCE or DEST cannot be used, or too many images cannot be decoded.
     """
     waiting = comm is not None  # the other ranks wait for their packings, or None
     try:
-        found = find(request.source, request.split, request.labels)
-        dest = request.dest.rstrip("/") or "/"
-        _check_apart(request.source, found, dest)
+        found = find(source, split, labels)
+        dest = dest.rstrip("/") or "/"
+        _check_apart(source, found, dest)
         try:
             os.makedirs(os.path.join(dest, STATE), exist_ok=True)
         except OSError as error:
@@ -60,9 +64,9 @@ def pack(request: Request, options: Options, comm) -> int:
             todo, records = remaining(packings)
             if todo:
                 waiting = False  # pack_all sends the packings, and whatever happens then tells the ranks to stop
-                _pack_shards(packings, todo, records, request, comm)
+                _pack_shards(packings, todo, records, workers or cores_given().count, max_bad, comm)
             with _writing(dest):
-                finish(packings, records, request.max_bad, bool(todo))
+                finish(packings, records, max_bad, bool(todo))
         return 0
     except WorkerError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -99,7 +103,12 @@ def _check_apart(source: str, found: list[Items], dest: str) -> None:
 
 
 def _pack_shards(
-    packings: list[Packing], todo: list[ShardId], records: dict[ShardId, ShardRecord], request: Request, comm
+    packings: list[Packing],
+    todo: list[ShardId],
+    records: dict[ShardId, ShardRecord],
+    workers: int,
+    max_bad: int,
+    comm,
 ) -> None:
     """Pack the shards `todo`, show how far it is, and add their records."""
     total = sum(packing.nsamples for packing in packings)
@@ -113,12 +122,12 @@ def _pack_shards(
         nonlocal bad
         records[shard] = record
         bad += len(record.bad)
-        if bad > request.max_bad + TOO_MANY_BAD:
+        if bad > max_bad + TOO_MANY_BAD:
             raise InputError(f"{bad:,} images cannot be decoded, {first_bad(records)}; is this the source?")
 
     light = [dataclasses.replace(packing, items=without_table(packing.items)) for packing in packings]
     try:
-        pack_all(light, todo, request.workers or cores_given().count, comm, progress.add, on_record)
+        pack_all(light, todo, workers, comm, progress.add, on_record)
     finally:
         progress.close()
 

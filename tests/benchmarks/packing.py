@@ -1,10 +1,11 @@
-"""Measures packing beside a plain Pillow loop, on photographs it makes: `python -m shards.pack --bench [--json]`.
+"""Measures packing beside a plain Pillow loop, on photographs it makes: `python tests/benchmarks/packing.py [--json]`.
 
 In: nothing. Out: images/s of the loop and of shards.pack with 1 and 2 processes, what two loops at once gain (two cores
 of a shared machine seldom do twice the work of one), MB/s of raw and copy beside plain writing to the same disk, and
 resident memory. They are measured in turns, so that a busy machine slows all of them alike.
 """
 
+import argparse
 import io
 import json
 import multiprocessing
@@ -12,16 +13,19 @@ import os
 import resource
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
 
-from shards.machine.facts import cpu_and_cores, versions
-from shards.sources.find import find
-from shards.sources.items import save_table, without_table
-from shards.sources.synthetic import write_photographs
-from shards.write.pool import pack_all
-from shards.write.shard import STATE, Options, Packing, ShardId
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+from shards.machine.facts import cpu_and_cores, versions  # noqa: E402
+from shards.sources.find import find  # noqa: E402
+from shards.sources.items import save_table, without_table  # noqa: E402
+from shards.sources.synthetic import write_photographs  # noqa: E402
+from shards.write.pool import pack_all  # noqa: E402
+from shards.write.shard import STATE, Options, Packing, ShardId  # noqa: E402
 
 # The usual photograph of ImageNet: with this quality and spectrum, 107 KB each.
 HEIGHT, WIDTH, QUALITY, SPECTRUM = 375, 500, 95, 1.3
@@ -34,8 +38,11 @@ SHARD = 200
 ROUNDS = 3
 
 
-def bench(as_json: bool) -> int:
-    """Run all measurements and print them; the exit code."""
+def main(argv: list[str] | None = None) -> None:
+    """Run all measurements and print them."""
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("--json", action="store_true", help="print one JSON object")
+    as_json = options.parse_args(argv).json
     runs: dict[str, list[float]] = defaultdict(list)
     memory = 0
     with tempfile.TemporaryDirectory(prefix="pack-bench-") as folder:
@@ -72,7 +79,6 @@ def bench(as_json: bool) -> int:
         "versions": versions(),
     }
     print(json.dumps(report) if as_json else _text(report))
-    return 0
 
 
 def pillow_loop(files: list[str]) -> float:
@@ -176,3 +182,7 @@ median of {turns} rounds
   resident memory, 1 process  {resident_mebibytes:8} MiB"""
     about = {"count": PHOTOS * COPIES, "width": WIDTH, "height": HEIGHT, "quality": QUALITY, "size": SIZE}
     return lines.format(**report, **about, stored=STORED_QUALITY, turns=ROUNDS)
+
+
+if __name__ == "__main__":
+    main()
