@@ -16,8 +16,8 @@ from shards.format.split import idx_path
 from shards.format.tar import BLOCK
 from shards.machine.files import write_whole
 from shards.read.images import BadImage
-from shards.sources.find import unpack_idx
 from shards.sources.items import Items, SourceReader, save_table
+from shards.sources.mnist import unpack_idx
 from shards.write.shard import Options, Packing, ShardId, ShardRecord, encode
 
 MEAN = "mean.npy"
