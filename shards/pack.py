@@ -1,7 +1,7 @@
 """Packs images into shuffled WebDataset shards: `python -m shards.pack SOURCE DEST`, or the same under mpirun.
 
 In: class folders, IDX files, ILSVRC archives or shards. Out: DEST/<split>-000000.tar with .idx, <split>.json and
-mean.npy, the same bytes for the same seed whatever the number of processes. Stopped half-way, it carries on.
+mean.npy: the same bytes for the same seed, whatever the number of processes. The same command resumes after a stop.
 """
 
 import argparse
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Pack images into shuffled WebDataset shards, in parallel. SOURCE is one of
-  a folder with train/CLASS/* and val/CLASS/* (also Train, training_set, valid, test, ...), or CLASS/* alone;
-    images in no class folder need --labels, but for Tiny ImageNet's and Kaggle's copy of ImageNet
+  a folder with train/CLASS/* and val/CLASS/* (also Train, training_set, valid, test, ...), or CLASS/* only;
+    images without class folders need --labels, except in Tiny ImageNet and Kaggle's copy of ImageNet
   a folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, or one of the tars
-  a folder with IDX files as MNIST has them (train-images-idx3-ubyte.gz, t10k-images-idx3-ubyte.gz and labels)
+  a folder with IDX files, as for MNIST (train-images-idx3-ubyte.gz, t10k-images-idx3-ubyte.gz and labels)
   a folder of WebDataset shards (<split>-000000.tar)
-Archives are read where they lie. The same command, given again after a stop, carries on."""
+Archives are read in place. The same command, given again after a stop, carries on."""
 
 
 def parser() -> Parser:
@@ -52,7 +52,7 @@ def parser() -> Parser:
         type=int,
         default=0,
         metavar="N",
-        help="images that cannot be decoded and are left out\nbefore that is an error (default 0)",
+        help="leave out up to N images that cannot be decoded;\nmore are an error (default 0)",
     )
     return p
 

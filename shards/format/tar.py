@@ -1,7 +1,7 @@
-"""Where each sample's bytes lie in a tar: member headers are read, the data between them is not.
+"""Where the bytes of each sample are in a tar. Only member headers are read, not the data between them.
 
 In: a tar as a function `read(offset, size)`. Out: its members, or its samples: consecutive members with the same key,
-grouped as WebDataset does. Damage is reported with its position; the scan can carry on behind it.
+grouped as WebDataset does. Damage is reported with its position, and the scan can go on after it.
 """
 
 import contextlib
@@ -16,19 +16,19 @@ from shards.machine.files import check_regular, is_remote
 
 BLOCK = 512  # bytes; a tar is made of such blocks
 _ZEROS = bytes(BLOCK)
-_WINDOW = 4096  # bytes a read: a page; mostly holds a label's header, its text and the next image's header
-_META_LIMIT = 1 << 20  # bytes; a longer name or PAX header is an attack or damage, not a name
-_MOST_ZEROS = 2 << 20  # bytes at the end; tar writes records of 10,240 bytes, of up to 1 MiB where told so
-_TAIL_CHUNK = 1 << 20  # bytes a read while the end of the archive is looked through
+_WINDOW = 4096  # bytes per read: usually the header of a label, its text, and the header of the next image
+_META_LIMIT = 1 << 20  # bytes; a longer name or PAX header is damage or an attack
+_MOST_ZEROS = 2 << 20  # bytes at the end; tar pads to records of 10,240 bytes, or of up to 1 MiB (tar -b)
+_TAIL_CHUNK = 1 << 20  # bytes per read when the end of the archive is searched
 
 _FILE_TYPES = b"0\x007"  # regular, regular as of 1979, contiguous
-_NO_DATA_TYPES = b"123456V"  # links, devices, folders, FIFOs, GNU volume label: `size` is not of data that follows
+_NO_DATA_TYPES = b"123456V"  # links, devices, folders, FIFOs, GNU volume label: no data follow, whatever `size` says
 
 Read = Callable[[int, int], bytes]  # (offset, size) -> bytes; fewer only where the file ends
 
 
 class TarError(Exception):
-    """A place where a file is not a tar. `offset`: bytes from the start of the file to the damaged block."""
+    """A damaged place in a tar. `offset`: bytes from the start of the file to the damaged block."""
 
     def __init__(self, offset: int, message: str):
         super().__init__(f"at byte {offset}: {message}")
@@ -36,12 +36,12 @@ class TarError(Exception):
 
     @property
     def verdict(self) -> str:
-        """What this says of the whole file."""
+        """What this means for the whole file."""
         return f"not a whole tar: {self}"
 
 
 class NotTar(TarError):
-    """The file is of another kind from its first byte on. The message says of which."""
+    """The file is of another kind. The message says of which."""
 
     def __init__(self, message: str):
         Exception.__init__(self, message)
@@ -54,7 +54,7 @@ class NotTar(TarError):
 
 _UNPACK = "unpack it to a plain .tar first"
 _FETCH = "the download failed, fetch it again"
-_MAGIC = (  # first bytes of files that are met under the name .tar
+_MAGIC = (  # first bytes of files that are sometimes named .tar
     (b"\x1f\x8b\x08", f"gzip data; {_UNPACK} (gunzip)"),
     (b"\x1f\x9d", f"compress data; {_UNPACK} (uncompress)"),
     (b"BZh", f"bzip2 data; {_UNPACK} (bunzip2)"),
@@ -79,9 +79,9 @@ _CONTROL = bytes(set(range(32)) - set(b"\t\n\r\f\x1b"))  # bytes that no text ha
 
 
 def foreign_kind(block: bytes) -> str:
-    """What a file is that is not a tar, by its first 512 bytes, and what to do; empty where that is not known.
+    """What kind of file begins with these 512 bytes, and what to do about it; empty: not known.
 
-    To be asked only after the block has turned out to be no tar header: a tar may begin with any name.
+    Call it only if the block is not a tar header: a tar begins with a name, which can be anything.
     """
     for magic, kind in _MAGIC:
         if block.startswith(magic) and (magic != b"BZh" or block[4:10] == b"1AY&SY"):
@@ -106,7 +106,7 @@ def foreign_kind(block: bytes) -> str:
 
 
 def refuse_foreign(path: str) -> None:
-    """Raise InputError where a local file is of another known kind than a tar."""
+    """Raise InputError if a local file is known to be of another kind than a tar."""
     with open(path, "rb") as file:
         block = file.read(BLOCK)
     if header_size(block) is None and (kind := foreign_kind(block)):
@@ -116,7 +116,7 @@ def refuse_foreign(path: str) -> None:
 def split_name(name: str) -> tuple[str, str]:
     """Key and extension of a member: the path up to, and all after, the first dot of its base name.
 
-    The extension is empty for what WebDataset takes for no part of a sample: no dot, hidden files, `__MACOSX`.
+    The extension is empty for files that WebDataset ignores: no dot, hidden files, `__MACOSX`.
     """
     base = name.rfind("/") + 1
     dot = name.find(".", base)
@@ -126,7 +126,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def window_read(read: Read, window: int = _WINDOW) -> Read:
-    """`read` through a small buffer, so that neighbouring headers and labels cost one call of `read`."""
+    """`read` with a small buffer, so that neighbouring headers and labels take one call of `read`."""
     held, at = b"", 0
 
     def buffered(offset: int, size: int) -> bytes:
@@ -140,14 +140,14 @@ def window_read(read: Read, window: int = _WINDOW) -> Read:
 
 
 def file_read(file: BinaryIO) -> Read:
-    """`Read` of an open local file, buffered; the file's own position is neither used nor moved."""
+    """A buffered `Read` of an open local file. The position of the file is neither used nor changed."""
     descriptor = file.fileno()
     return window_read(lambda offset, size: os.pread(descriptor, size, offset))
 
 
 @contextlib.contextmanager
 def open_tar(path: str) -> Iterator[tuple[Read, int]]:
-    """`Read`, not buffered, and size in bytes of a tar, local or remote. OSError or InputError where there is none."""
+    """An unbuffered `Read` of a tar, local or remote, and its size in bytes. Raises OSError or InputError."""
     if is_remote(path):
         from shards.machine import remote
 
@@ -161,7 +161,7 @@ def open_tar(path: str) -> Iterator[tuple[Read, int]]:
 
 
 def scan(file: BinaryIO, name: str, start: int = 0, size: int | None = None) -> list[tuple[Member, ...]]:
-    """All samples of a tar in an open local file. `start`, `size`: where in the file the tar lies, in bytes.
+    """All samples of a tar in an open local file. `start`, `size`: where in the file the tar is, in bytes.
 
     Raises:
         InputError: the tar is damaged or cut off; `name` is what the message calls it.
@@ -175,9 +175,9 @@ def scan(file: BinaryIO, name: str, start: int = 0, size: int | None = None) -> 
 
 
 def samples(read: Read, end: int, start: int = 0, damage: list[TarError] | None = None) -> Iterator[tuple[Member, ...]]:
-    """Samples of the tar that lies from byte `start` to byte `end`: consecutive members with the same key.
+    """Samples of the tar from byte `start` to byte `end`: consecutive members with the same key.
 
-    Damage raises TarError, unless a list is given for it: then it goes there and the scan carries on at the next sound
+    Damage raises TarError. If a list is given for it, damage is appended there and the scan goes on at the next sound
     header. A sample never spans damage.
     """
     current: list[Member] = []
@@ -203,7 +203,7 @@ def samples(read: Read, end: int, start: int = 0, damage: list[TarError] | None 
 
 
 def members(read: Read, end: int, start: int = 0) -> Iterator[Member]:
-    """All regular files in the tar that lies from byte `start` to byte `end`. Raises TarError where it is damaged."""
+    """All regular files in the tar from byte `start` to byte `end`. Raises TarError if it is damaged."""
     for item in _walk(read, end, start):
         if isinstance(item, TarError):
             raise item
