@@ -27,9 +27,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
+        """Raise InputError."""
         raise InputError(f"{message} ({self.prog} --help lists the options)")
 
     def parse_args(self, args=None, namespace=None):
+        """As in argparse, with the nearest option in the message for an unknown one."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             commands = [a.choices.values() for a in self._actions if isinstance(a, argparse._SubParsersAction)]

@@ -26,15 +26,12 @@ def check_image(data: bytes, split: Split) -> None:
 
 def _decoded_size(data: bytes) -> tuple[int, int]:
     """Height and width of an image that can be decoded in full. Raises BadImage."""
-    if images.simplejpeg is not None and data[:2] == b"\xff\xd8":
+    header = images.jpeg_header(data)
+    if header and images.simplejpeg is not None and header[2] != 4:  # not CMYK
+        images.check_size(*header[:2])
         try:
-            height, width, colorspace, _ = images.simplejpeg.decode_jpeg_header(data)
-            images.check_size(height, width)
-            if colorspace != "CMYK":
-                check_jpeg(data)
-                return height, width
-        except images.BadImage:
-            raise
+            check_jpeg(data)
+            return header[:2]
         except ValueError:
             pass  # images.decode decides, as it does in training
     return images.decode(data).shape[:2]

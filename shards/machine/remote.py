@@ -13,7 +13,7 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from shards.errors import InputError
 
@@ -136,42 +136,52 @@ def list_tars(url: str) -> list[str]:
 
 def _pieces(url: str, offset: int, size: int) -> Iterator[bytes]:
     """A range of bytes in pieces, in order; after a failure the rest is requested again."""
-    state = {"done": 0, "tag": None}
-
-    def more() -> bytes:
-        at, left = offset + state["done"], size - state["done"]
-        if not _is_http(url):
-            piece = _filesystem(url).cat_file(url, start=at, end=at + min(left, _OBJECT_PIECE))
-        else:
-            if state.get("response") is None:
-                state["response"] = _request(url, at, left)
-                tag = (state["response"].headers.get("ETag"), _total(state["response"], url))
-                if state["tag"] not in (None, tag):
-                    raise _Changed
-                state["tag"] = tag
-            piece = state["response"].read1(min(left, _PIECE))
-        if not piece:
-            end = state["tag"][1] if state["tag"] else _filesystem(url).size(url)
-            if end < offset + size:
-                raise InputError(f"{url} has {end} bytes, but bytes up to {offset + size} were to be read", False)
-            raise ConnectionError("the connection ended early")
-        state["done"] += len(piece)
-        return piece
-
-    def forget() -> None:
-        response = state.pop("response", None)
-        if response is not None:
-            response.close()
-
-    failures = [0]
+    download, failures = _Download(url, offset, size), [0]
     try:
-        while state["done"] < size:
-            yield _attempts(url, more, forget, failures)
+        while download.at < download.end:
+            yield _attempts(url, download.piece, download.close, failures)
     finally:
-        forget()
+        download.close()
 
 
-def _attempts(url: str, action, forget=lambda: None, failures: list[int] | None = None):
+class _Download:
+    """Bytes `at` to `end` of a remote file, which are still to be received."""
+
+    def __init__(self, url: str, offset: int, size: int):
+        self.at, self.end = offset, offset + size
+        self._url = url
+        self._response: http.client.HTTPResponse | None = None
+        self._tag: tuple[str | None, int] | None = None  # ETag and size of the file, as in the first answer
+
+    def piece(self) -> bytes:
+        """The next bytes. Raises InputError if the file ends before them, ConnectionError if the connection does."""
+        left = self.end - self.at
+        if not _is_http(self._url):
+            data = _filesystem(self._url).cat_file(self._url, start=self.at, end=self.at + min(left, _OBJECT_PIECE))
+        else:
+            if self._response is None:
+                self._response = _request(self._url, self.at, left)
+                tag = (self._response.headers.get("ETag"), _total(self._response, self._url))
+                if self._tag not in (None, tag):
+                    raise _Changed
+                self._tag = tag
+            data = self._response.read1(min(left, _PIECE))
+        if not data:
+            size = self._tag[1] if self._tag else _filesystem(self._url).size(self._url)
+            if size < self.end:
+                raise InputError(f"{self._url} has {size} bytes, but bytes up to {self.end} were to be read", False)
+            raise ConnectionError("the connection ended early")
+        self.at += len(data)
+        return data
+
+    def close(self) -> None:
+        """End the connection; the next piece opens another."""
+        if self._response is not None:
+            self._response.close()
+            self._response = None
+
+
+def _attempts(url: str, action: Callable, forget: Callable = lambda: None, failures: list[int] | None = None):
     """The result of `action()`, tried again after failures that may pass.
 
     There are at most RETRIES further tries over all calls that share `failures`; `forget()` is called before each.
@@ -181,36 +191,40 @@ def _attempts(url: str, action, forget=lambda: None, failures: list[int] | None 
     while True:
         try:
             return action()
-        except InputError:
-            raise
-        except _Changed:
-            raise InputError(f"{url} changed while it was read; start again", False) from None
-        except FileNotFoundError:
-            raise
-        except PermissionError as error:
-            raise InputError(f"no access to {url}: {error}", False) from None
-        except (OSError, http.client.HTTPException, EOFError) as error:
-            what = error
         except Exception as error:  # fsspec passes on what its clients raise (botocore, aiohttp)
-            if _is_http(url):
-                raise
-            what = error
+            if (final := _final_error(url, error)) is not None:
+                raise final from None
+            reason = " ".join(str(getattr(error, "reason", "") or error).split()) or type(error).__name__
         forget()
-        if isinstance(what, urllib.error.HTTPError):
-            what.close()
-            if what.code in (404, 410):
-                raise FileNotFoundError(2, "there is no such file", url)
-            if what.code == 416:
-                raise InputError(f"{url} is shorter than its index says; download both again", False)
-            if what.code not in _PASSING:
-                raise InputError(f"no access to {url}: HTTP {what.code} {what.reason}", False)
-        reason = " ".join(str(getattr(what, "reason", "") or what).split()) or type(what).__name__
         if failures[0] >= RETRIES:
             raise InputError(f"cannot read {url}: {reason} (given up after {RETRIES} retries)", False)
         pause = min(_FIRST_PAUSE * 2 ** failures[0], _LONGEST_PAUSE) * random.uniform(1, 1.25)
         failures[0] += 1
         retries += 1
         time.sleep(pause)
+
+
+def _final_error(url: str, error: Exception) -> Exception | None:
+    """The error to raise; None: it may pass."""
+    if isinstance(error, InputError | FileNotFoundError):
+        return error
+    if isinstance(error, _Changed):
+        return InputError(f"{url} changed while it was read; start again", False)
+    if isinstance(error, PermissionError):
+        return InputError(f"no access to {url}: {error}", False)
+    if isinstance(error, urllib.error.HTTPError):
+        error.close()
+        if error.code in (404, 410):
+            return FileNotFoundError(2, "there is no such file", url)
+        if error.code == 416:
+            return InputError(f"{url} is shorter than its index says; download both again", False)
+        return (
+            None
+            if error.code in _PASSING
+            else InputError(f"no access to {url}: HTTP {error.code} {error.reason}", False)
+        )
+    passes = isinstance(error, OSError | http.client.HTTPException | EOFError) or not _is_http(url)
+    return None if passes else error
 
 
 def _is_http(url: str) -> bool:

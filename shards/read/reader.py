@@ -74,6 +74,7 @@ class ShardReader:
         return data[BLOCK:]
 
     def close(self) -> None:
+        """Close all shards."""
         while self._open:
             self._forget(next(iter(self._open)))
 
