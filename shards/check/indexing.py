@@ -65,7 +65,7 @@ def index_splits(options: IndexOptions, tars: dict[str, list[str]]) -> None:
     """Read the tars of all splits, write their indexes, and print what they hold.
 
     Raises:
-        InputError: something cannot be read, is damaged (unless `skip_bad`), or is not told by the data.
+        InputError: something cannot be read, is damaged (unless `skip_bad`), or cannot be known from the data.
         OSError: a file cannot be written.
     """
     found = [_index_split(options, name, paths) for name, paths in tars.items()]

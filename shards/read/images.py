@@ -22,9 +22,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 # Warnings of libjpeg for a JPEG that lacks pixels (which it then makes up) or has extra bytes (as after a wrong bit).
 _DAMAGE = re.compile(r"Premature end|Corrupt JPEG data: (?!bad ICC)|Inconsistent progression")
 
-FITS = ("crop", "squash", "none")
-ENCODINGS = ("jpeg", "raw", "copy")
-
 try:
     import simplejpeg
 except ImportError:  # Pillow decodes instead, at half the speed
@@ -53,7 +50,7 @@ def slow_decoder() -> str:
         other = "simplejpeg is not installed either, and Pillow decodes, at 0.45"
     return (
         f"shards/read/jpeg.c is not in use: {reason}; {other} of its speed where measured (3,700 and 2,200 instead of "
-        "4,900 images/s a core, 256 x 256); bash slurm/install.sh compiles it where there is a C compiler"
+        "4,900 images/s per core, 256 x 256); bash slurm/install.sh compiles it where there is a C compiler"
     )
 
 

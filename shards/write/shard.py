@@ -28,7 +28,7 @@ from shards.sources.items import Items, SourceReader, load_table
 
 STATE = ".pack"  # folder in DEST: settings, tables, records, unfinished shards
 KEY_DIGITS = 8
-_READ_THREADS = 4  # enough to hide a network file system's latency behind decoding
+_READ_THREADS = 4  # enough to hide the latency of a network file system
 _READ_CHUNK = 4  # images that a thread reads at a time
 _CHUNKS_AHEAD = 4
 # Reading is left to threads for the rest of the shard after this many chunks in a row that took more than this many
