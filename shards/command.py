@@ -1,6 +1,6 @@
-"""A command of this project: its argument parser, its output, its exit code.
+"""What all commands share: argument parser, output, exit code.
 
-In: argv and a main function. Out: an exit code; of an error one line on stderr, from one rank of a job.
+In: argv and a main function. Out: an exit code; for an error one line on stderr, from one rank of a job.
 """
 
 import argparse
@@ -15,21 +15,23 @@ from typing import NoReturn
 from shards.errors import EXIT_INTERRUPTED, InputError, nearest
 from shards.machine.launcher import launched_rank
 
-_RANK0_SPEAKS_SECONDS = 15.0  # that a silent rank waits for rank 0 to find the same error and end the job
+_RANK0_SPEAKS_SECONDS = 15.0  # a silent rank waits so long for rank 0 to find the same error and end the job
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are InputErrors, and which names the nearest option for an unknown one."""
+    """argparse that raises InputError, and suggests the nearest option for an unknown one."""
 
     def __init__(self, *args, **kwargs):
-        # Abbreviated options would change meaning when a new option is added.
+        # The meaning of an abbreviation would change with a new option.
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
+        """Raise InputError."""
         raise InputError(f"{message} ({self.prog} --help lists the options)")
 
     def parse_args(self, args=None, namespace=None):
+        """As in argparse, with the nearest option in the message for an unknown one."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             commands = [a.choices.values() for a in self._actions if isinstance(a, argparse._SubParsersAction)]
@@ -42,7 +44,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def drop_output() -> None:
-    """Nobody reads our output any more (head and less end early): whatever is printed from now on goes nowhere."""
+    """Discard what is printed from now on: the reader of our output (head, less) has ended."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -53,9 +55,9 @@ def drop_output() -> None:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command's main and leave with its exit code. InputError: one line from one rank, exit code 2."""
+    """Run the main function of a command and exit with its code. InputError: one line from one rank, exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # in a locale without the characters of some name
+        stream.reconfigure(errors="backslashreplace")  # for names that the locale cannot show
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -63,11 +65,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if not error.everywhere or launched_rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         elif "PMI_FD" not in os.environ or {"mpi4py.MPI", "horovod.torch"} & sys.modules.keys():
-            # The launcher ends all ranks as soon as one has failed: rank 0 must have spoken before that. (That of MPICH
-            # and Intel MPI leaves the others alone as long as they have not called MPI_Init.)
+            # The launcher ends all ranks as soon as one has failed, so rank 0 must have printed the error before. (That
+            # of MPICH and Intel MPI waits for ranks that have not called MPI_Init.)
             time.sleep(_RANK0_SPEAKS_SECONDS)
         code = error.exit_code
-    except BrokenPipeError:  # the reader of our output (head, less) has gone
+    except BrokenPipeError:  # the reader of our output has ended
         drop_output()
         code = 1
     except KeyboardInterrupt:

@@ -1,6 +1,6 @@
-"""The errors of this project, which are one line for whoever gave a wrong option or a broken file.
+"""The errors of this project: one line that says what is wrong with an option or a file, and how to fix it.
 
-`shards.command.run` prints an `InputError` once for all ranks of a job and ends with its exit code.
+`shards.command.run` prints an `InputError` once for all ranks of a job and exits with its code.
 """
 
 import difflib
@@ -11,14 +11,14 @@ EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
 
-_LONGEST_MESSAGE = 1000  # characters of an error; what exceeds it is taken out of its middle
+_LONGEST_MESSAGE = 1000  # characters of an error; a longer one is shortened in its middle
 
 
 class InputError(Exception):
-    """Bad usage or bad input. The message is one line: what is wrong, where, and how to mend it.
+    """Bad usage or bad input. The message is one line: what is wrong, where, and how to fix it.
 
-    `everywhere` says that all ranks of the job find the same error (a wrong option, a missing folder), so that only
-    rank 0 need speak. An error that one rank alone meets (a damaged shard) is raised with everywhere=False.
+    `everywhere`: all ranks of the job find the same error (a wrong option, a missing folder), so only rank 0 prints it.
+    An error that only one rank may find (a damaged shard) is raised with everywhere=False.
     """
 
     exit_code = EXIT_BAD_INPUT
@@ -29,33 +29,32 @@ class InputError(Exception):
 
 
 def printable(text: str) -> str:
-    """Text with what is not printable written as an escape: names in an archive may hold a terminal's control codes,
-    or bytes that are no text."""
+    """Text with escapes for what cannot be printed: names in an archive may hold control codes of a terminal."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def short(text: str, most: int = 60) -> str:
-    """`text` in at most `most` characters: names and values in the data can have any length."""
+    """`text` shortened to `most` characters: names and values in the data can have any length."""
     end = most // 3
     return text if len(text) <= most else f"{text[: most - end - 3]}...{text[len(text) - end :]}"
 
 
 def few(words: Iterable[str], most: int = 6, separator: str = " ") -> str:
-    """The first words of a list, each shortened, and the number of the others."""
+    """The first `most` words of a list, each shortened, and the number of the others."""
     words = list(words)
     more = f"{separator}and {len(words) - most:,} more" if len(words) > most else ""
     return separator.join(short(word, 40) for word in words[:most]) + more
 
 
 def positive_number(variable: str, default: float) -> float:
-    """Value of an environment variable. Raises InputError when it is no number above 0."""
+    """Value of an environment variable. Raises InputError if it is not a number above 0."""
     text = os.environ.get(variable) or str(default)
     try:
         if 0 < (value := float(text)) < float("inf"):
             return value
     except ValueError:
         pass
-    raise InputError(f"{variable} is {text!r} in the environment; it must be a number above 0, or not set")
+    raise InputError(f"{variable} is {text!r} in the environment; it must be a number above 0, or unset")
 
 
 def nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:

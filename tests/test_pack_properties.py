@@ -1,7 +1,7 @@
 """Packing for any images, any settings, any division of the work: nothing lost, nothing mixed up, the same bytes."""
 
-import argparse
 import collections
+import dataclasses
 import glob
 import hashlib
 import io
@@ -23,8 +23,10 @@ from shards.errors import InputError
 from shards.format.split import image_member, load_labels, load_split, read_idx
 from shards.read import images
 from shards.sources import find as sources
-from shards.sources.items import Reader
+from shards.sources.items import SourceReader
 from shards.sources.mat import load_mat
+from shards.write.finish import finish
+from shards.write.plan import prepare, remaining, shuffled
 from shards.write.shard import Options, Packer, bounds
 from tests import imagenet40
 
@@ -53,22 +55,17 @@ FILES = st.lists(
 )
 
 
-def arguments(source: str, dest: str, shard_images: int, seed: int) -> argparse.Namespace:
-    return pack.parser().parse_args([source, dest, "--shard-images", str(shard_images), "--seed", str(seed)])
-
-
-def pack_divided(source: str, dest: str, shard_images: int, seed: int, options: Options, owners) -> None:
-    """Pack as several processes would: `owners(tasks)` gives (process, task) in the order in which they are done."""
+def pack_divided(source: str, dest: str, options: Options, owners) -> None:
+    """Pack as several processes would: `owners(shards)` gives (process, shard) in the order in which they are done."""
     os.makedirs(f"{dest}/.pack")
-    given_arguments = arguments(source, dest, shard_images, seed)
-    jobs = [pack.prepare(items, dest, given_arguments, options) for items in sources.find(source)]
-    tasks, records = pack.remaining(jobs)
-    packers: dict[int, Packer] = collections.defaultdict(lambda: Packer(jobs))
-    for process, task in owners(tasks):
-        records[task] = packers[process].pack(*task, lambda count: None)
+    packings = [prepare(items, dest, options) for items in sources.find(source)]
+    shards, records = remaining(packings)
+    packers: dict[int, Packer] = collections.defaultdict(lambda: Packer(packings))
+    for process, shard in owners(shards):
+        records[shard] = packers[process].pack(*shard, lambda count: None)
     for packer in packers.values():
         packer.close()
-    pack.finish(jobs, records, 0, worked=True)
+    finish(packings, records, 0, worked=True)
 
 
 def digests(dest: str) -> dict[str, str]:
@@ -119,19 +116,13 @@ def test_nothing_lost_and_same_bytes_however_the_work_is_divided(files, shard_im
                 file.write(content)
             given_files.append((f"class{label}", content))
 
-        def any_division(tasks):
-            order = data.draw(st.permutations(tasks))
-            return [(data.draw(st.integers(0, 3)), task) for task in order]
+        def any_division(shards):
+            order = data.draw(st.permutations(shards))
+            return [(data.draw(st.integers(0, 3)), shard) for shard in order]
 
-        pack_divided(
-            f"{folder}/source",
-            f"{folder}/one",
-            shard_images,
-            seed,
-            options,
-            lambda tasks: [(0, task) for task in tasks],
-        )
-        pack_divided(f"{folder}/source", f"{folder}/some", shard_images, seed, options, any_division)
+        options = dataclasses.replace(options, seed=seed, shard_images=shard_images)
+        pack_divided(f"{folder}/source", f"{folder}/one", options, lambda shards: [(0, shard) for shard in shards])
+        pack_divided(f"{folder}/source", f"{folder}/some", options, any_division)
         assert digests(f"{folder}/one") == digests(f"{folder}/some")
 
         fields = json.load(open(f"{folder}/one/train.json"))
@@ -162,17 +153,17 @@ def test_bounds_cover_everything_once_and_evenly(count, shards):
 @SETTINGS
 @given(count=st.integers(0, 3000), seed=st.integers(0, 2**63))
 def test_shuffle_is_a_permutation_by_seed_and_split(count, seed):
-    order = pack.shuffled(count, seed, "train")
+    order = shuffled(count, seed, "train")
     assert sorted(order.tolist()) == list(range(count))
-    assert (order == pack.shuffled(count, seed, "train")).all()
+    assert (order == shuffled(count, seed, "train")).all()
     if count > 20:
-        assert (order != pack.shuffled(count, seed + 1, "train")).any()
-        assert (order != pack.shuffled(count, seed, "val")).any()
+        assert (order != shuffled(count, seed + 1, "train")).any()
+        assert (order != shuffled(count, seed, "val")).any()
 
 
 def test_shuffle_is_the_same_on_every_machine():
     # Written down once: a resumed pack must find the order of its first run, with whatever numpy.
-    assert pack.shuffled(10, 7, "train").tolist() == [8, 5, 1, 7, 9, 2, 6, 3, 0, 4]
+    assert shuffled(10, 7, "train").tolist() == [8, 5, 1, 7, 9, 2, 6, 3, 0, 4]
 
 
 def _die_at(operation: int, source: str, dest: str) -> bool:
@@ -322,7 +313,7 @@ def test_a_reader_of_many_archives_keeps_few_open(tmp_path, monkeypatch):
         with open(paths[-1], "wb") as file:
             file.write(bytes([number]) * 10)
         rows.add(f"image {number}", 0, number, 3, 5)
-    reader = Reader(rows.items("train", paths, ["a"]))
+    reader = SourceReader(rows.items("train", paths, ["a"]))
     before = len(os.listdir("/proc/self/fd"))
     for row in [*range(20), *range(19, -1, -1)]:
         assert reader.read(row) == bytes([row]) * 5

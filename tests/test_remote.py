@@ -133,7 +133,7 @@ def test_a_server_without_ranges_is_named_as_such(server, tmp_path):
     (tmp_path / "a").write_bytes(DATA)
     server.ranges = False
     assert remote.read_file(f"{server.url}/a") == DATA
-    with pytest.raises(InputError, match="knows no range requests"):
+    with pytest.raises(InputError, match="has no range requests"):
         remote.read_range(f"{server.url}/a", 5, 10)
 
 
@@ -212,7 +212,7 @@ def test_drops_in_worker_processes_are_counted(server, tmp_path, capsys):
     server.drops = 4
     capsys.readouterr()
     assert verify.main([str(folder), "--json", "--workers", "2"]) == 0
-    assert "4 dropped connections were taken up again" in json.loads(capsys.readouterr().out)["notes"]
+    assert "4 dropped connections were resumed" in json.loads(capsys.readouterr().out)["notes"]
 
 
 def test_remote_shards_are_indexed_into_a_folder(server, tmp_path):
@@ -258,7 +258,7 @@ def test_a_full_disk_ends_in_one_line_and_nothing_is_fetched_twice(server, tmp_p
     resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, limits[1]))
     try:
         with pytest.raises(
-            InputError, match="cannot keep .*a.tar in .*; SHARDS_CACHE names a folder with room"
+            InputError, match="cannot keep .*a.tar in .*; SHARDS_CACHE must name a folder with room"
         ) as error:
             remote.cached(f"{server.url}/a.tar", str(tmp_path / "cache"), len(DATA), digest)
     finally:

@@ -157,7 +157,7 @@ def test_class_folders_may_be_links_and_hold_links(tmp_path):
 
 @pytest.mark.parametrize(
     ("target", "words"),
-    [("..", "lies in itself"), ("nowhere", "is not there"), ("loop", "Too many levels of symbolic links")],
+    [("..", "that contains it"), ("nowhere", "is not there"), ("loop", "Too many levels of symbolic links")],
 )
 def test_a_link_that_leads_nowhere_or_in_a_circle_is_an_error(target, words, tmp_path):
     make(tmp_path, "train/a/1.jpg", "train/b/1.jpg")

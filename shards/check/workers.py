@@ -1,4 +1,4 @@
-"""Runs a function over many tasks in processes that never outlive, and never keep waiting, the one that began them.
+"""Runs a function over many tasks in several processes, which end with the process that started them.
 
 In: a function of a module, its tasks, a number of processes. Out: (number of the task, result) as they are done.
 """
@@ -18,15 +18,14 @@ def run_tasks(function: Callable, tasks: Sequence, workers: int) -> Iterator[tup
     """Yield (task number, function(task)) in the order in which they end; with one worker, in this process.
 
     Raises:
-        InputError: a process was killed. What `function` raises is raised here.
+        InputError: a process was killed. Errors of `function` are raised here.
     """
     workers = min(workers, len(tasks))
     if workers <= 1:
         for number, task in enumerate(tasks):
             yield number, function(task)
         return
-    # Not the start method of this Python or of the caller: fork starts all workers at once, before the pool watches
-    # them, and none has to import its modules again.
+    # Always fork: it starts all workers before the pool has threads, and none has to import its modules again.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=_begin)
     try:
         numbers = {pool.submit(function, task): number for number, task in enumerate(tasks)}
@@ -37,7 +36,7 @@ def run_tasks(function: Callable, tasks: Sequence, workers: int) -> Iterator[tup
             "a worker process was killed, perhaps for its memory; run again with fewer --workers"
         ) from None
     except KeyboardInterrupt:
-        for process in multiprocessing.active_children():  # those of the pool: their shards could take minutes
+        for process in multiprocessing.active_children():  # those of the pool: their tasks could take minutes
             process.terminate()
         raise
     finally:
@@ -45,11 +44,11 @@ def run_tasks(function: Callable, tasks: Sequence, workers: int) -> Iterator[tup
 
 
 def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends all at once, with no traceback from each
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
     threading.Thread(target=_end_with_caller, daemon=True).start()
 
 
 def _end_with_caller() -> None:
-    # A worker would otherwise wait for ever for its next task once its caller was killed.
+    # Otherwise a worker would wait for its next task for ever if its caller was killed.
     multiprocessing.parent_process().join()
     os._exit(1)

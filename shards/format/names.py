@@ -1,6 +1,6 @@
 """Which tars of a folder or server belong to which split, by their names, and which seem to be missing.
 
-In: a folder or URL, or patterns. Out: the paths of each split in the order of their numbers.
+In: a folder or URL, or patterns. Out: the tars of each split, in the order of their numbers.
 """
 
 import collections
@@ -16,12 +16,12 @@ from shards.sources.spellings import split_word
 
 
 def natural(path: str) -> list:
-    """Sort key that takes numbers as numbers: shard-9 before shard-10."""
+    """Sort key that compares numbers as numbers: shard-9 comes before shard-10."""
     return [(0, int(word), "") if word.isdigit() else (1, 0, word) for word in re.split(r"([0-9]+)", path)]
 
 
 def find_tars(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Tars by split, both in order, from paths relative to the data folder. Raises InputError when one is unclear."""
+    """Tars by split, from paths relative to the data folder. Raises InputError if the split of one is unclear."""
     groups: dict[tuple[str, str], list[str]] = {}
     for path in sorted(paths, key=natural):
         folder, _, base = path.rpartition("/")
@@ -33,7 +33,7 @@ def find_tars(paths: Iterable[str]) -> dict[str, list[str]]:
     for (folder, prefix), tars in groups.items():
         name = split_word(prefix) or split_word(folder.rpartition("/")[2]) or folder.rpartition("/")[2] or prefix
         if not name:
-            raise InputError(f"{tars[0]}: its name does not tell the split; say it with --splits 'train=*.tar'")
+            raise InputError(f"{tars[0]}: its name does not tell the split; give --splits 'train=*.tar'")
         if name in found:
             raise InputError(
                 f"both {origin[name]} and {tars[0]} could be split {name!r}; say which tars are with "
@@ -44,13 +44,13 @@ def find_tars(paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 def list_tars(folder: str) -> list[str]:
-    """Relative paths of all that is called .tar in a local folder and one level below, but for folders of tars."""
+    """Relative paths of all that is named .tar in a local folder and one level below, except folders of tars."""
     found = glob.glob("*.tar", root_dir=folder) + glob.glob("*/*.tar", root_dir=folder)
     return sorted(set(found) - {os.path.dirname(path) for path in found})
 
 
 def not_read(dest: str) -> list[str]:
-    """Files that seem to be shards, compressed or half downloaded: train-000003.tar.gz, .tgz, .tar.part."""
+    """Files that seem to be compressed or half downloaded shards: train-000003.tar.gz, .tgz, .tar.part."""
     if is_remote(dest):
         return []
     patterns = [folder + name for folder in ("", "*/") for name in ("*.tar.*", "*.tgz", "*.tzst", "*.txz")]
@@ -62,7 +62,7 @@ _SERIES = re.compile(r"(.*?)([0-9]+)(?:([-_.]of[-_.])([0-9]+))?\.tar")
 
 
 def missing_numbers(paths: Iterable[str]) -> list[str]:
-    """A note for each series of numbered tars that has gaps: train-000003.tar between 2 and 4, or 7 of 8 `-of-0008`."""
+    """A note for each series of numbered tars with gaps: no train-000003.tar between 2 and 4, or 7 of 8 `-of-0008`."""
     series: dict[tuple, dict[int, str]] = collections.defaultdict(dict)
     for path in paths:
         match = _SERIES.fullmatch(path)
@@ -81,7 +81,7 @@ def missing_numbers(paths: Iterable[str]) -> list[str]:
 
 
 def expand(pattern: str) -> list[str]:
-    """`{0000..0127}` in a pattern as all its numbers, as wide as they are written."""
+    """All paths of a pattern with ranges such as `{0000..0127}`; numbers have as many digits as the first."""
     match = re.search(r"\{([0-9]+)\.\.([0-9]+)\}", pattern)
     if not match:
         return [pattern]
@@ -94,7 +94,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def chosen_tars(dest: str, choices: list[str]) -> dict[str, list[str]]:
-    """Tars by split: relative to `dest`, or URLs."""
+    """Tars by split, as --splits (`choices`) or their names say: relative to `dest`, or URLs. Raises InputError."""
     if not choices:
         if is_remote(dest):
             from shards.machine import remote

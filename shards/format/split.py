@@ -1,4 +1,4 @@
-"""A split of a data set as packed: `<split>.json` (wids layout, extended), its labels, one `.idx` beside each tar.
+"""A split of a data set on disk: `<split>.json` (wids layout, extended), its labels, and an `.idx` beside each tar.
 
 In: a folder or URL of shards. Out: `Split` (what there is), `load_labels` (the label of each sample) and `read_idx`
 (where each sample's bytes lie in a tar).
@@ -22,6 +22,18 @@ if TYPE_CHECKING:  # numpy is imported where it is used: --help of the commands 
 INDEX_VERSION = "v1.2"  # first word of an .idx file as NVIDIA DALI's wds2idx writes it
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of image members, in lower case, unless the encoding is "raw"
 
+# Fields of <split>.json and of its shards.
+_FILE_FIELDS = ("labels", "labels_sha256", "crc32", "crc32_sha256")
+_FIELDS = {"__kind__", "wids_version", "name", "shardlist", "classes", "mean", "image", "label", *_FILE_FIELDS}
+_SHARD_FIELDS = {
+    "url": str,
+    "nsamples": int,
+    "filesize": int,
+    "sha256": str,
+    "bad": lambda numbers: tuple(map(int, numbers)),
+    "idx": str,
+    "repaired": bool,
+}
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
@@ -29,7 +41,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 class Member:
     """One file of a sample inside a tar: `data[offset : offset + size]` are its bytes."""
 
-    ext: str  # all after the first dot of the base name: "jpg", "cls"
+    ext: str  # what follows the first dot of the base name: "jpg", "cls"
     offset: int  # bytes from the start of the tar to the member's data
     size: int  # bytes
     name: str  # full member name
@@ -41,11 +53,11 @@ class Shard:
 
     url: str  # relative to the split's root, or absolute
     nsamples: int
-    filesize: int = 0  # bytes; 0 where it is not recorded
-    sha256: str = ""  # hex digest of the whole tar; empty where it is not recorded
-    bad: tuple[int, ...] = ()  # samples in the tar's own numbering that `shards.verify --repair` took out
+    filesize: int = 0  # bytes; 0: not recorded
+    sha256: str = ""  # hex digest of the whole tar; empty: not recorded
+    bad: tuple[int, ...] = ()  # samples that were left out of the index, numbered as in the tar
     idx: str = ""  # its .idx, relative to the split's root, or absolute; empty: beside the tar
-    repaired: bool = False  # the tar is known to be damaged, and the .idx lists its sound samples only
+    repaired: bool = False  # the tar is known to be damaged; the .idx lists its sound samples only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,26 +69,28 @@ class Split:
     shards: tuple[Shard, ...]
     classes: tuple[str, ...] = ()  # class names; a label is an index into them
     mean: str = ""  # file of the mean image (float32 .npy, H x W x 3), relative to root; empty: none
-    encoding: str = "jpeg"  # "raw": every image member is uint8 HWC of `height` x `width`; else an image file
-    height: int = 0  # pixels, where all images of the split have one size; else 0
+    encoding: str = "jpeg"  # "raw": each image member is uint8 (height, width, 3); "jpeg": an image file of any kind
+    height: int = 0  # pixels, if all images of the split have one size; else 0
     width: int = 0
     label_member: str = "cls"  # member that holds the label: "cls" is decimal text
     label_key: str = ""  # field of the label in a "json" member
-    labels: str = ""  # file of all labels (int32 .npy, a number a sample in shard order), relative to root
-    labels_sha256: str = ""  # hex digest of that file: no damage gives a wrong label
-    crc32: str = ""  # file of a CRC-32 a sample (uint32 .npy) over its members' data in .idx order; empty: none
+    labels: str = ""  # file of all labels (int32 .npy, one number per sample in shard order), relative to root
+    labels_sha256: str = ""  # hex digest of that file: damage cannot give a wrong label
+    crc32: str = ""  # file of CRC-32s (uint32 .npy), one per sample over its members' data in .idx order; empty: none
     crc32_sha256: str = ""
+    extra: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # further fields of the JSON
 
     @property
     def nsamples(self) -> int:
+        """Samples of all shards."""
         return sum(shard.nsamples for shard in self.shards)
 
     def path(self, name: str) -> str:
         """Full path or URL of a file named relative to the split's root.
 
         Raises:
-            InputError: a URL that is not of a file (`pipe:` runs a command: never from an index), or a path of this
-                machine in an index that lies on another.
+            InputError: a URL of another kind (`pipe:` would run a command), or a path of this machine in an index
+                that lies on another.
         """
         scheme = _SCHEME.match(name)
         if scheme:
@@ -98,9 +112,9 @@ class Split:
 
 
 def image_member(sample: tuple[Member, ...], encoding: str) -> Member | None:
-    """The image of a sample: its first member with an image's extension; None: it has none.
+    """The image of a sample: its first member with the extension of an image; None: it has none.
 
-    Only without one a longer extension will do (`.img.png`): beside a `.jpg`, `.seg.png` is a mask.
+    A longer extension (`.img.png`) counts only if there is no other: beside a `.jpg`, `.seg.png` is a mask.
     """
     endings = ("raw",) if encoding == "raw" else IMAGE_EXTENSIONS
     whole = next((member for member in sample if member.ext.lower() in endings), None)
@@ -111,13 +125,13 @@ def load_split(data: str, name: str) -> Split:
     """The split `name` of the shard folder `data`, a local folder or an http(s):// or s3:// URL.
 
     Raises:
-        InputError: no such folder, no such split, or an index that is not one.
+        InputError: no such folder, no such split, or the index is damaged.
     """
     return parse_split(load_fields(data, name), name, data, f"{data.rstrip('/')}/{name}.json")
 
 
 def load_fields(data: str, name: str) -> dict:
-    """The JSON of `<split>.json` as it stands there. Raises InputError as load_split does."""
+    """The fields of `<split>.json` as they are in the file. Raises InputError as load_split does."""
     path = f"{data.rstrip('/')}/{name}.json"
     if not is_remote(data) and not os.path.isdir(data):
         raise InputError(f"no data folder {data}; give the folder that shards.pack wrote with --data")
@@ -144,50 +158,38 @@ def parse_split(fields: dict, name: str, root: str, path: str) -> Split:
     try:
         if fields["wids_version"] != 1:
             raise ValueError(f"wids_version {fields['wids_version']}, not 1")
-        shards = tuple(
-            Shard(
-                str(entry["url"]),
-                int(entry["nsamples"]),
-                int(entry.get("filesize", 0)),
-                str(entry.get("sha256", "")),
-                tuple(int(i) for i in entry.get("bad", ())),
-                str(entry.get("idx", "")),
-                bool(entry.get("repaired", False)),
-            )
-            for entry in fields["shardlist"]
-        )
-        image = fields.get("image", {})
-        label = fields.get("label", {})
+        image, label = fields.get("image", {}), fields.get("label", {})
         split = Split(
             name=name,
             root=root,
-            shards=shards,
-            classes=tuple(str(c) for c in fields.get("classes", ())),
+            shards=tuple(
+                Shard(**{key: kind(entry[key]) for key, kind in _SHARD_FIELDS.items() if key in entry})
+                for entry in fields["shardlist"]
+            ),
+            classes=tuple(map(str, fields.get("classes", ()))),
             mean=str(fields.get("mean", "")),
             encoding=str(image.get("encoding", "jpeg")),
             height=int(image.get("height", 0)),
             width=int(image.get("width", 0)),
             label_member=str(label.get("member", "cls")),
             label_key=str(label.get("key", "")),
-            labels=str(fields.get("labels", "")),
-            labels_sha256=str(fields.get("labels_sha256", "")),
-            crc32=str(fields.get("crc32", "")),
-            crc32_sha256=str(fields.get("crc32_sha256", "")),
+            **{key: str(fields.get(key, "")) for key in _FILE_FIELDS},
+            extra={key: value for key, value in fields.items() if key not in _FIELDS},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{path} is not a shard index: {type(error).__name__} {error}; python -m shards.index makes it anew"
         ) from None
-    if split.nsamples < 1 or any(shard.nsamples < 0 for shard in shards):
+    if split.nsamples < 1 or any(shard.nsamples < 0 for shard in split.shards):
         raise InputError(f"{path} lists no samples; pack the split again")
-    for shard in shards:
+    for shard in split.shards:
         split.path(shard.url)
         split.idx_path(shard)
     return split
 
 
 def save_split(split: Split, path: str, **extra) -> None:
-    """Write `<split>.json` at `path`, whole or not at all. `extra` are further fields (class_counts, ...)."""
+    """Write `<split>.json` at `path`, whole or not at all. `extra`: further fields, besides `split.extra`."""
     fields = {
         "__kind__": "wids-shard-index-v1",
         "wids_version": 1,
@@ -197,13 +199,29 @@ def save_split(split: Split, path: str, **extra) -> None:
         "mean": split.mean,
         "image": {"encoding": split.encoding, "height": split.height, "width": split.width},
         "label": {"member": split.label_member, "key": split.label_key},
-        "labels": split.labels,
-        "labels_sha256": split.labels_sha256,
-        "crc32": split.crc32,
-        "crc32_sha256": split.crc32_sha256,
-        **extra,
+        **{key: getattr(split, key) for key in _FILE_FIELDS},
     }
-    write_whole(path, (json.dumps(fields, indent=1) + "\n").encode())
+    write_whole(path, (json.dumps({**fields, **split.extra, **extra}, indent=1) + "\n").encode())
+
+
+def save_index(split: Split, out: str, labels: "np.ndarray", crc32: "np.ndarray | None") -> Split:
+    """Write `<split>.labels.npy`, `<split>.crc32.npy` and, last, `<split>.json` into `out`; the split as written.
+
+    Args:
+        labels: int32 (nsamples,), in shard order.
+        crc32: uint32 (nsamples,); None: not known, and the index then has none.
+    """
+    import numpy as np
+
+    name = f"{split.name}.labels.npy"
+    split = dataclasses.replace(split, labels=name, labels_sha256=save_column(out, name, labels), crc32="")
+    if crc32 is not None:
+        name = f"{split.name}.crc32.npy"
+        split = dataclasses.replace(split, crc32=name, crc32_sha256=save_column(out, name, crc32))
+    counts = np.bincount(labels, minlength=len(split.classes)).tolist()
+    split = dataclasses.replace(split, extra={"class_counts": []} | split.extra | {"class_counts": counts})
+    save_split(split, os.path.join(out, f"{split.name}.json"))
+    return split
 
 
 def _shard_fields(shard: Shard) -> dict:
@@ -214,10 +232,10 @@ def _shard_fields(shard: Shard) -> dict:
 def load_labels(split: Split) -> "np.ndarray":
     """Label of each sample, int32 of shape (nsamples,), in shard order, checked against the digest in the index.
 
-    Training takes labels from here and from nowhere else, so that a damaged shard cannot give a wrong one.
+    Training takes labels only from here, so that a damaged shard cannot give a wrong one.
 
     Raises:
-        InputError: no such file, not the one that the index means, or a label outside the classes.
+        InputError: no such file, its digest differs, or a label is outside the classes.
     """
     labels = _load_column(split, split.labels, split.labels_sha256, "int32", "labels")
     if labels.min() < 0 or (split.classes and labels.max() >= len(split.classes)):
@@ -230,36 +248,36 @@ def load_labels(split: Split) -> "np.ndarray":
 
 
 def load_crc32(split: Split) -> "np.ndarray | None":
-    """CRC-32 of each sample, uint32 of shape (nsamples,), in shard order; None where none were recorded."""
+    """CRC-32 of each sample, uint32 of shape (nsamples,), in shard order; None: they were not recorded."""
     if not split.crc32:
         return None
     return _load_column(split, split.crc32, split.crc32_sha256, "uint32", "checksums")
 
 
 def _load_column(split: Split, name: str, sha256: str, dtype: str, what: str) -> "np.ndarray":
-    mend = f"python -m shards.index {split.root} makes it anew"
+    advice = f"python -m shards.index {split.root} makes it anew"
     if not name:
-        raise InputError(f"{split.path(split.name + '.json')} names no file of {what}; {mend}")
+        raise InputError(f"{split.path(split.name + '.json')} names no file of {what}; {advice}")
     path = split.path(name)
     try:
         data = read_file(path)
     except OSError as error:
-        raise InputError(f"cannot read the {what} of the split, {path}: {error.strerror or error}; {mend}") from None
+        raise InputError(f"cannot read the {what} of the split, {path}: {error.strerror or error}; {advice}") from None
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise InputError(f"{path} is damaged or of another packing: its sha256 is not the one in the index; {mend}")
+        raise InputError(f"{path} is damaged or of another packing: its sha256 is not the one in the index; {advice}")
     try:
         array = parse_npy(data)
     except ValueError as error:
-        raise InputError(f"{path} is not a .npy file: {error}; {mend}") from None
+        raise InputError(f"{path} is not a .npy file: {error}; {advice}") from None
     if array.dtype != dtype or array.shape != (split.nsamples,):
         raise InputError(
-            f"{path} holds {array.dtype} of shape {array.shape}, not {dtype} of ({split.nsamples},); {mend}"
+            f"{path} holds {array.dtype} of shape {array.shape}, not {dtype} of ({split.nsamples},); {advice}"
         )
     return array
 
 
 def parse_npy(data: bytes) -> "np.ndarray":
-    """The array of a .npy file. Raises ValueError when it is none, or holds Python objects (which are never made)."""
+    """The array of a .npy file. Raises ValueError if it is damaged or holds Python objects: nothing is unpickled."""
     import numpy as np
 
     file = io.BytesIO(data)
@@ -273,14 +291,20 @@ def parse_npy(data: bytes) -> "np.ndarray":
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
-def save_column(folder: str, name: str, values: "np.ndarray") -> str:
-    """Write an array (`<split>.labels.npy`, int32; `<split>.crc32.npy`, uint32) and return the file's sha256."""
+def npy_bytes(values: "np.ndarray") -> bytes:
+    """An array as the bytes of a .npy file."""
     import numpy as np
 
-    buffer = io.BytesIO()
-    np.save(buffer, values, allow_pickle=False)
-    write_whole(os.path.join(folder, name), buffer.getvalue())
-    return hashlib.sha256(buffer.getvalue()).hexdigest()
+    file = io.BytesIO()
+    np.save(file, values, allow_pickle=False)
+    return file.getvalue()
+
+
+def save_column(folder: str, name: str, values: "np.ndarray") -> str:
+    """Write an array (`<split>.labels.npy`, int32; `<split>.crc32.npy`, uint32) and return the file's sha256."""
+    data = npy_bytes(values)
+    write_whole(os.path.join(folder, name), data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def idx_path(tar: str) -> str:
@@ -289,7 +313,7 @@ def idx_path(tar: str) -> str:
 
 
 def format_idx(samples: list[tuple[Member, ...]]) -> bytes:
-    """Text of an .idx file: a header line, then a line a sample of `ext offset size name` for each member.
+    """Text of an .idx file: a header line, then one line per sample with `ext offset size name` of each member.
 
     Source: NVIDIA DALI 2.4, tools/wds2idx.py (format v1.2).
     """
@@ -301,7 +325,7 @@ def format_idx(samples: list[tuple[Member, ...]]) -> bytes:
 
 
 def idx_word(name: str) -> str:
-    """A name as it stands in an .idx: words end at white space there, so that is written as %20, %0A and the like."""
+    """A name as an .idx has it: white space, which would end a word there, is written as %20, %0A and the like."""
     if name.isprintable() and " " not in name:  # nearly all names
         return name
     return "".join(f"%{ord(c):02X}" if c in " \t\n\v\f\r" else c for c in name)
@@ -311,7 +335,7 @@ def read_idx(split: Split, shard: Shard) -> list[tuple[Member, ...]]:
     """Samples of a shard as its .idx lists them.
 
     Raises:
-        InputError: no .idx, not one, or one of another count of samples than <split>.json gives.
+        InputError: there is no .idx, it is damaged, or <split>.json gives another number of samples.
     """
     path = split.idx_path(shard)
     try:
@@ -331,7 +355,7 @@ def read_idx(split: Split, shard: Shard) -> list[tuple[Member, ...]]:
 
 
 def parse_idx(data: bytes, path: str) -> list[tuple[Member, ...]]:
-    """Samples of an .idx file, v1.1 (no names) or v1.2. Raises InputError, naming `path`, when it is not one."""
+    """Samples of an .idx file, v1.1 (no names) or v1.2. Raises InputError, naming `path`, if it is damaged."""
     lines = data.decode("utf-8", "surrogateescape").split("\n")
     try:
         version, count = lines[0].split(" ")

@@ -1,7 +1,7 @@
-"""Where each sample's bytes lie in a tar: member headers are read, the data between them is not.
+"""Where the bytes of each sample are in a tar. Only member headers are read, not the data between them.
 
 In: a tar as a function `read(offset, size)`. Out: its members, or its samples: consecutive members with the same key,
-grouped as WebDataset does. Damage is reported with its position; the scan can carry on behind it.
+grouped as WebDataset does. Damage is reported with its position, and the scan can go on after it.
 """
 
 import contextlib
@@ -16,19 +16,19 @@ from shards.machine.files import check_regular, is_remote
 
 BLOCK = 512  # bytes; a tar is made of such blocks
 _ZEROS = bytes(BLOCK)
-_WINDOW = 4096  # bytes a read: a page; mostly holds a label's header, its text and the next image's header
-_META_LIMIT = 1 << 20  # bytes; a longer name or PAX header is an attack or damage, not a name
-_MOST_ZEROS = 2 << 20  # bytes at the end; tar writes records of 10,240 bytes, of up to 1 MiB where told so
-_TAIL_CHUNK = 1 << 20  # bytes a read while the end of the archive is looked through
+_WINDOW = 4096  # bytes per read: usually the header of a label, its text, and the header of the next image
+_META_LIMIT = 1 << 20  # bytes; a longer name or PAX header is damage or an attack
+_MOST_ZEROS = 2 << 20  # bytes at the end; tar pads to records of 10,240 bytes, or of up to 1 MiB (tar -b)
+_TAIL_CHUNK = 1 << 20  # bytes per read when the end of the archive is searched
 
 _FILE_TYPES = b"0\x007"  # regular, regular as of 1979, contiguous
-_NO_DATA_TYPES = b"123456V"  # links, devices, folders, FIFOs, GNU volume label: `size` is not of data that follows
+_NO_DATA_TYPES = b"123456V"  # links, devices, folders, FIFOs, GNU volume label: no data follow, whatever `size` says
 
 Read = Callable[[int, int], bytes]  # (offset, size) -> bytes; fewer only where the file ends
 
 
 class TarError(Exception):
-    """A place where a file is not a tar. `offset`: bytes from the start of the file to the damaged block."""
+    """A damaged place in a tar. `offset`: bytes from the start of the file to the damaged block."""
 
     def __init__(self, offset: int, message: str):
         super().__init__(f"at byte {offset}: {message}")
@@ -36,12 +36,12 @@ class TarError(Exception):
 
     @property
     def verdict(self) -> str:
-        """What this says of the whole file."""
+        """What this means for the whole file."""
         return f"not a whole tar: {self}"
 
 
 class NotTar(TarError):
-    """The file is of another kind from its first byte on. The message says of which."""
+    """The file is of another kind. The message says of which."""
 
     def __init__(self, message: str):
         Exception.__init__(self, message)
@@ -54,7 +54,7 @@ class NotTar(TarError):
 
 _UNPACK = "unpack it to a plain .tar first"
 _FETCH = "the download failed, fetch it again"
-_MAGIC = (  # first bytes of files that are met under the name .tar
+_MAGIC = (  # first bytes of files that are sometimes named .tar
     (b"\x1f\x8b\x08", f"gzip data; {_UNPACK} (gunzip)"),
     (b"\x1f\x9d", f"compress data; {_UNPACK} (uncompress)"),
     (b"BZh", f"bzip2 data; {_UNPACK} (bunzip2)"),
@@ -79,9 +79,9 @@ _CONTROL = bytes(set(range(32)) - set(b"\t\n\r\f\x1b"))  # bytes that no text ha
 
 
 def foreign_kind(block: bytes) -> str:
-    """What a file is that is not a tar, by its first 512 bytes, and what to do; empty where that is not known.
+    """What kind of file begins with these 512 bytes, and what to do about it; empty: not known.
 
-    To be asked only after the block has turned out to be no tar header: a tar may begin with any name.
+    Call it only if the block is not a tar header: a tar begins with a name, which can be anything.
     """
     for magic, kind in _MAGIC:
         if block.startswith(magic) and (magic != b"BZh" or block[4:10] == b"1AY&SY"):
@@ -106,17 +106,17 @@ def foreign_kind(block: bytes) -> str:
 
 
 def refuse_foreign(path: str) -> None:
-    """Raise InputError where a local file is of another known kind than a tar."""
+    """Raise InputError if a local file is known to be of another kind than a tar."""
     with open(path, "rb") as file:
         block = file.read(BLOCK)
-    if not _is_header(block) and (kind := foreign_kind(block)):
+    if header_size(block) is None and (kind := foreign_kind(block)):
         raise InputError(f"{path} is not a tar: it is {kind}", everywhere=False)
 
 
 def split_name(name: str) -> tuple[str, str]:
     """Key and extension of a member: the path up to, and all after, the first dot of its base name.
 
-    The extension is empty for what WebDataset takes for no part of a sample: no dot, hidden files, `__MACOSX`.
+    The extension is empty for files that WebDataset ignores: no dot, hidden files, `__MACOSX`.
     """
     base = name.rfind("/") + 1
     dot = name.find(".", base)
@@ -126,7 +126,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def window_read(read: Read, window: int = _WINDOW) -> Read:
-    """`read` through a small buffer, so that neighbouring headers and labels cost one call of `read`."""
+    """`read` with a small buffer, so that neighbouring headers and labels take one call of `read`."""
     held, at = b"", 0
 
     def buffered(offset: int, size: int) -> bytes:
@@ -140,14 +140,14 @@ def window_read(read: Read, window: int = _WINDOW) -> Read:
 
 
 def file_read(file: BinaryIO) -> Read:
-    """`Read` of an open local file, buffered; the file's own position is neither used nor moved."""
+    """A buffered `Read` of an open local file. The position of the file is neither used nor changed."""
     descriptor = file.fileno()
     return window_read(lambda offset, size: os.pread(descriptor, size, offset))
 
 
 @contextlib.contextmanager
 def open_tar(path: str) -> Iterator[tuple[Read, int]]:
-    """`Read`, not buffered, and size in bytes of a tar, local or remote. OSError or InputError where there is none."""
+    """An unbuffered `Read` of a tar, local or remote, and its size in bytes. Raises OSError or InputError."""
     if is_remote(path):
         from shards.machine import remote
 
@@ -161,7 +161,7 @@ def open_tar(path: str) -> Iterator[tuple[Read, int]]:
 
 
 def scan(file: BinaryIO, name: str, start: int = 0, size: int | None = None) -> list[tuple[Member, ...]]:
-    """All samples of a tar in an open local file. `start`, `size`: where in the file the tar lies, in bytes.
+    """All samples of a tar in an open local file. `start`, `size`: where in the file the tar is, in bytes.
 
     Raises:
         InputError: the tar is damaged or cut off; `name` is what the message calls it.
@@ -175,9 +175,9 @@ def scan(file: BinaryIO, name: str, start: int = 0, size: int | None = None) -> 
 
 
 def samples(read: Read, end: int, start: int = 0, damage: list[TarError] | None = None) -> Iterator[tuple[Member, ...]]:
-    """Samples of the tar that lies from byte `start` to byte `end`: consecutive members with the same key.
+    """Samples of the tar from byte `start` to byte `end`: consecutive members with the same key.
 
-    Damage raises TarError, unless a list is given for it: then it goes there and the scan carries on at the next sound
+    Damage raises TarError. If a list is given for it, damage is appended there and the scan goes on at the next sound
     header. A sample never spans damage.
     """
     current: list[Member] = []
@@ -203,63 +203,87 @@ def samples(read: Read, end: int, start: int = 0, damage: list[TarError] | None 
 
 
 def members(read: Read, end: int, start: int = 0) -> Iterator[Member]:
-    """All regular files in the tar that lies from byte `start` to byte `end`. Raises TarError where it is damaged."""
+    """All regular files in the tar from byte `start` to byte `end`. Raises TarError if it is damaged."""
     for item in _walk(read, end, start):
         if isinstance(item, TarError):
             raise item
         yield item
 
 
-def is_header_of(block: bytes, member: Member) -> bool:
-    """Whether the 512 bytes before a member's data are its header: a sound one, of its size and name.
-
-    A long or non-ASCII name stands in full in a header before this one, so that there the size alone is compared.
-    """
+def header_size(block: bytes) -> int | None:
+    """Bytes of data that follow this block by its own account; None: it is not a sound tar header."""
     try:
-        _, name, size = _parse_header(block, member.offset - BLOCK) if len(block) == BLOCK else (b"", "", -1)
+        return _parse_header(block, 0)[2] if len(block) == BLOCK else None
     except TarError:
+        return None
+
+
+def is_header_of(block: bytes, member: Member) -> bool:
+    """Whether the 512 bytes before a member's data are its header: a sound one, with its size and name.
+
+    Only the size is compared where the .idx has no names (v1.1), and where the name is long or not ASCII: it is then
+    in a PAX header before this one.
+    """
+    if header_size(block) != member.size:
         return False
-    extended = len(member.name) > 100 or not member.name.isascii()
-    return size == member.size and (extended or idx_word(name) == idx_word(member.name))
+    if not member.name or len(member.name) >= 100 or not member.name.isascii():
+        return True
+    names = (_parse_header(block, 0)[1], member.name)
+    return len({idx_word(name).removeprefix("./") for name in names}) == 1
 
 
-# Python's tarfile reads the same formats, but ends without a word at a damaged or cut-off header (so samples would be
-# lost unseen), never notices data behind an end-of-archive mark, and parses a third as many headers a second.
+class _Extensions:
+    """What PAX headers and GNU long names say of the members that follow them."""
+
+    def __init__(self):
+        self._all: dict[str, bytes] = {}  # PAX records of all members that follow
+        self.next: dict[str, bytes] = {}  # those of the next member, and its GNU long name
+
+    def header(self, block: bytes, position: int) -> tuple[bytes, str, int]:
+        """Type, name and size of the member whose header is `block`. Raises TarError."""
+        kind, name, size = _parse_header(block, position)
+        path = self.next.get("path") or self._all.get("path")
+        if path and kind in _FILE_TYPES:  # a long name, which the header itself has cut off
+            name = path.decode("utf-8", "surrogateescape")
+        if kind in _NO_DATA_TYPES or (kind == b"\0" and name.endswith("/")):  # the latter: a folder, before 1988
+            size = size if "size" in self.next else 0
+        elif "size" in self.next or "size" in self._all:
+            size = _decimal(self.next.get("size", self._all.get("size", b"")), position)
+        return kind, name, size
+
+    def add(self, kind: bytes, text: bytes, position: int) -> None:
+        """Take over the data of a header of type `kind` at `position`. Raises TarError."""
+        if kind == b"L":
+            self.next["path"] = text.split(b"\0", 1)[0]
+        elif kind in b"xX":
+            self.next.update(_parse_pax(text, position))
+        elif kind == b"g":
+            self._all.update(_parse_pax(text, position))
+
+
+# Python's tarfile reads the same formats, but stops without a word at a damaged or cut-off header (so samples would be
+# lost unnoticed), never notices data after an end-of-archive mark, and parses a third as many headers per second.
 def _walk(read: Read, end: int, start: int) -> Iterator[Member | TarError]:
-    """Regular files in order, and a TarError at each damaged place, behind which the next sound header is sought."""
+    """Regular files in order, and a TarError at each damaged place, after which the next sound header is sought."""
     position = start
     if start >= end:
         yield TarError(start, "it is empty (0 bytes)")
-        return
-    shared: dict[str, bytes] = {}  # PAX records for all members that follow
-    own: dict[str, bytes] = {}  # those for the next member, and its GNU long name
+    extensions = _Extensions()
     while position < end:
         block = read(position, BLOCK)
         try:
             if len(block) < BLOCK or end - position < BLOCK:
                 raise TarError(position, f"the file ends {len(block)} bytes into a 512-byte header: it was cut off")
             if block == _ZEROS:
-                behind = _first_nonzero(read, position + BLOCK, end)
-                if behind is None:
-                    if end - position > _MOST_ZEROS:
-                        message = f"its last {end - position:,} bytes are zeros: a download that has not finished?"
-                        yield TarError(position, message)
-                    return
-                yield TarError(behind, "there is data after the end-of-archive mark")
-                own, position = {}, _next_header(read, behind - BLOCK, end)
+                error, position = _end_mark(read, position, end)
+                extensions.next = {}
+                if error:
+                    yield error
                 if position >= end:
                     return
                 continue
-            kind, name, size = _parse_header(block, position)
+            kind, name, size = extensions.header(block, position)
             data = position + BLOCK
-            path = own.get("path") or shared.get("path")
-            if path and kind in _FILE_TYPES:  # a long name: in the header itself it is cut off
-                name = path.decode("utf-8", "surrogateescape")
-            if kind in _NO_DATA_TYPES or (kind == b"\0" and name.endswith("/")):  # the latter: a folder, before 1988
-                if "size" not in own:
-                    size = 0
-            elif "size" in own or "size" in shared:
-                size = _decimal(own.get("size", shared.get("size", b"")), position)
             following = data + (size + BLOCK - 1) // BLOCK * BLOCK
             if data + size > end:
                 yield TarError(position, f"{short(name)!r} should have {size} bytes, the file ends after {end - data}")
@@ -267,34 +291,50 @@ def _walk(read: Read, end: int, start: int) -> Iterator[Member | TarError]:
             if kind in b"xgXLK":
                 if size > _META_LIMIT:
                     raise TarError(position, f"a header of {size} bytes")
-                text = read(data, size)
-                if kind == b"L":
-                    own["path"] = text.split(b"\0", 1)[0]
-                elif kind in b"xX":
-                    own.update(_parse_pax(text, position))
-                elif kind == b"g":
-                    shared.update(_parse_pax(text, position))
+                extensions.add(kind, read(data, size), position)
             else:
-                if kind == b"S" or any(key.startswith("GNU.sparse.") for key in own):
+                if kind == b"S" or any(key.startswith("GNU.sparse.") for key in extensions.next):
                     raise TarError(position, f"{short(name)!r} is a sparse file; pack it again without tar's --sparse")
                 if kind in _FILE_TYPES and not name.endswith("/"):
                     yield Member(split_name(name)[1], data, size, name)
-                own = {}
+                extensions.next = {}
             if following > end:
                 yield TarError(position, f"the file ends within the padding of {short(name)!r}: it was cut off")
                 return
             position = following
         except TarError as error:
-            strange = position == start and not _is_header(block)
-            kind = foreign_kind(block) if strange else ""
-            following = end if kind else _next_header(read, position, end)
-            if not kind and strange and following >= end and len(block) == BLOCK:
-                kind = f"{end - start} bytes without one tar header, which begin with {block[:16]!r}"
-            yield NotTar(f"it is {kind}") if kind else error
-            if following >= end:
+            error, position = _after_damage(error, read, block, position, end, start)
+            yield error
+            if position >= end:
                 return
-            own, position = {}, following
-    yield TarError(end, "it ends without an end-of-archive mark: it may have been cut off between two files")
+            extensions.next = {}
+    if start < end:
+        yield TarError(end, "it ends without an end-of-archive mark: it may have been cut off between two files")
+
+
+def _end_mark(read: Read, position: int, end: int) -> tuple[TarError | None, int]:
+    """What is wrong from a block of zeros on, and where the next sound header is (`end`: there is none)."""
+    after = _first_nonzero(read, position + BLOCK, end)
+    if after is not None:
+        error = TarError(after, "there is data after the end-of-archive mark")
+        return error, _next_header(read, after - BLOCK, end)
+    if end - position > _MOST_ZEROS:
+        message = f"its last {end - position:,} bytes are zeros: a download that has not finished?"
+        return TarError(position, message), end
+    return None, end
+
+
+def _after_damage(
+    error: TarError, read: Read, block: bytes, position: int, end: int, start: int
+) -> tuple[TarError, int]:
+    """The error to report for a damaged `block` at `position`, and where the next sound header is."""
+    first = position == start and header_size(block) is None
+    if first and (kind := foreign_kind(block)):
+        return NotTar(f"it is {kind}"), end
+    following = _next_header(read, position, end)
+    if first and following >= end and len(block) == BLOCK:
+        return NotTar(f"it is {end - start} bytes without one tar header, which begin with {block[:16]!r}"), end
+    return error, following
 
 
 def _parse_header(block: bytes, offset: int) -> tuple[bytes, str, int]:
@@ -366,21 +406,13 @@ def _first_nonzero(read: Read, position: int, end: int) -> int | None:
 
 
 def _next_header(read: Read, position: int, end: int) -> int:
-    """Start of the first block behind `position` that is a sound header; `end` where there is none."""
+    """Start of the first block after `position` that is a sound header; `end` if there is none."""
     position += BLOCK
     while position + BLOCK <= end:
         block = read(position, BLOCK)
         if len(block) < BLOCK:
             break
-        if block != _ZEROS and _is_header(block):
+        if block != _ZEROS and header_size(block) is not None:
             return position
         position += BLOCK
     return end
-
-
-def _is_header(block: bytes) -> bool:
-    try:
-        _parse_header(block, 0)
-        return len(block) == BLOCK
-    except (TarError, IndexError):  # the latter: a short block
-        return False

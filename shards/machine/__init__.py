@@ -1,4 +1,4 @@
-"""What the machine gives: files near and far, locks, cache folders, cores, and the terminal.
+"""The machine: files local and remote, locks, cache folders, cores, launchers, facts to report, and the terminal.
 
-In: paths, URLs, the process's own limits. Out: bytes, locks, numbers of cores. Nothing here knows tar files or images.
+In: paths, URLs, limits of the process. Out: bytes, locks, numbers of cores. Nothing here knows tar files or images.
 """

@@ -16,12 +16,11 @@ import tempfile
 from shards.machine.facts import file_system
 
 _COMPILE_SECONDS = 60.0
-# Where one node may be told "stale file handle" while another replaces the file.
-_STALE_HANDLES = ("nfs", "nfs4")
+_STALE_HANDLES = ("nfs", "nfs4")  # file systems on which a node gets "stale file handle" while another replaces a file
 
 
 def problem_with(folder: str) -> str:
-    """Why no compiled library can be kept in `folder` and loaded from there; empty: one can. Creates the folder."""
+    """Why compiled libraries cannot be kept in `folder` and loaded from it; empty: they can. Creates the folder."""
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         about = os.stat(folder)
@@ -42,16 +41,16 @@ def node_folder(name: str) -> str:
 
 
 def cache_folder(wanted: str, name: str) -> str:
-    """`wanted`, or where it cannot be used, the folder `name` on this node."""
+    """`wanted`, or, if it cannot be used, the folder `name` on this node."""
     return node_folder(name) if problem_with(wanted) else wanted
 
 
 @functools.cache
 def triton_cache() -> str:
-    """The folder in which Triton keeps compiled kernels, which is put into TRITON_CACHE_DIR.
+    """The folder for Triton's compiled kernels, also put into TRITON_CACHE_DIR.
 
-    The user's TRITON_CACHE_DIR, else ~/.triton/cache, else a folder on this node: where the home folder cannot be
-    written, or is on NFS, where ranks of several nodes that replace each other's files get stale file handles.
+    It is the user's TRITON_CACHE_DIR, else ~/.triton/cache. If the home folder cannot be written, or is on NFS, where
+    nodes that replace each other's files get stale file handles, it is a folder on this node.
     """
     given = os.environ.get("TRITON_CACHE_DIR")
     if not given:
@@ -77,7 +76,7 @@ def triton_lacks() -> str:
             command, input="#include <Python.h>\n", capture_output=True, text=True, timeout=_COMPILE_SECONDS
         )
     except (OSError, subprocess.SubprocessError) as error:
-        return f"Triton needs a C compiler, and {compiler} does not run: {error}"
+        return f"Triton needs a C compiler, but {compiler} does not run: {error}"
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [""]
         return f"Triton needs a C compiler and Python's headers; {compiler}: {lines[0]}"

@@ -1,56 +1,56 @@
-"""The CPU cores that this process may keep busy, for every command: reading, packing, verifying, training.
+"""The CPU cores that this process may use: for reading, packing, verifying, training.
 
-In: the affinity mask, the control groups' limits, what Slurm and MPI put into the environment. Out: how many cores, and
-which. On a cluster that does not confine its tasks, the affinity mask has all cores of a node, most of them other
-people's; where ranks are not bound, they share a mask.
+In: the affinity mask, the limits of control groups, what Slurm and MPI put into the environment. Out: how many cores,
+and which. The mask alone does not say: on a cluster that does not confine its tasks it has all cores of a node, most of
+them used by others, and ranks that are not bound share one mask.
 """
 
 import dataclasses
 import os
 from collections.abc import Iterator
 
-# Where a launcher says how many ranks are on this node, and which of them this is.
+# Variables in which a launcher says how many ranks are on this node, and which of them this is.
 _LAUNCHERS = (
     ("HOROVOD_LOCAL_SIZE", "HOROVOD_LOCAL_RANK"),  # horovodrun over Gloo
     ("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # Open MPI
     ("MPI_LOCALNRANKS", "MPI_LOCALRANKID"),  # Hydra: MPICH, Intel MPI
     ("MV2_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),  # MVAPICH
 )
-# Steps of Slurm from this number on are no srun of the user's: the batch script, the shell of salloc.
+# Slurm's steps from this number on were not started by srun: the batch script, the shell of salloc.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 
 @dataclasses.dataclass(frozen=True)
 class Cores:
-    """`count`: cores this process may keep busy. `mask`: their numbers where they are its own, else empty."""
+    """`count`: cores this process may use. `mask`: their numbers, if no other process shares them; else empty."""
 
     count: int
     mask: tuple[int, ...]
 
 
 def cores_given(local_size: int = 0) -> Cores:
-    """The cores of this process: what its affinity mask, Slurm and the control group's quota leave to it.
+    """The cores that the affinity mask, Slurm and the quota of the control group allow this process.
 
-    A rank gets its own part of what the ranks of its node share. Where Slurm counts cores and the mask has both threads
-    of each (hyperthreads), this counts as Slurm does.
+    A rank gets its part of what the ranks of its node share. If Slurm counts cores and the mask has both hyperthreads
+    of each, this counts as Slurm does.
 
     Args:
-        local_size: ranks on this node, where the caller knows; 0: as the launcher's environment says.
+        local_size: ranks on this node, if known; 0: as the launcher's environment says.
     """
     affinity = sorted(os.sched_getaffinity(0))
     found, rank = _local_ranks()
     ranks = local_size or found or 1
     granted = _number("SLURM_CPUS_ON_NODE") or _of_node("SLURM_JOB_CPUS_PER_NODE")
-    most = granted or _cpuset() or os.cpu_count() or len(affinity)  # cores of the node that the job may use
+    most = granted or _cpuset() or os.cpu_count() or len(affinity)  # cores of this node that the job may use
     count = min(len(affinity), max(1, most // ranks))
     mask: list[int] = []
     if count == len(affinity) <= most:  # bound, or alone
         mask = affinity
-    elif len(affinity) == most and rank is not None:  # ours, and shared
+    elif len(affinity) == most and rank is not None:  # the job's, shared by its ranks
         mask = affinity[rank * count : (rank + 1) * count]
     limits = []
     quota = cgroup_quota()
-    if quota is not None:  # of the control group, and so of all ranks of the node that share it
+    if quota is not None:  # shared by all ranks of the node
         limits.append(int(quota) // ranks)
     if local_size or found or not granted:  # a process that no launcher started may use all that the job has
         gpus = (_number("SLURM_GPUS_ON_NODE") or ranks) // ranks
@@ -63,11 +63,11 @@ def cores_given(local_size: int = 0) -> Cores:
 
 
 def _local_ranks() -> tuple[int | None, int | None]:
-    """Ranks on this node, and which of them this process is; None: no launcher has started it."""
+    """Number of ranks on this node, and that of this process; None: no launcher has started it."""
     for size, rank in _LAUNCHERS:
         if _number(size):
             return _number(size), _number(rank)
-    # A batch script, and what it starts without srun, has the job's numbers of tasks in its environment, too.
+    # Without srun the numbers of tasks are in the environment too, but they are those of the job.
     step = _number("SLURM_STEP_ID")
     if step is not None and step < _FIRST_SPECIAL_STEP:
         return _of_node("SLURM_STEP_TASKS_PER_NODE") or _of_node("SLURM_TASKS_PER_NODE"), _number("SLURM_LOCALID")
@@ -92,7 +92,7 @@ def _of_node(name: str) -> int | None:
 
 
 def cgroup_quota(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> float | None:
-    """CPU quota in cores, the smallest along this process's control groups, version 2 or 1; None: no limit."""
+    """CPU quota in cores: the smallest of this process's control groups (version 2 or 1); None: no limit."""
     return min((quota for folder in _groups("cpu", proc, root) if (quota := _quota(folder))), default=None)
 
 
@@ -109,7 +109,7 @@ def _cpuset(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> in
 
 
 def _groups(controller: str, proc: str, root: str) -> Iterator[str]:
-    """Folders of this process's control groups that may limit it, each from the innermost outwards."""
+    """Folders of the control groups that limit this process, from the innermost outwards."""
     try:
         with open(proc) as file:
             lines = [line.rstrip("\n").split(":", 2) for line in file]

@@ -1,4 +1,4 @@
-"""Files near and far: read whole, written whole or not at all."""
+"""Files, local and remote: read whole, written whole or not at all."""
 
 import errno
 import os
@@ -8,12 +8,12 @@ REMOTE_SCHEMES = ("http", "https", "s3", "gs")
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is a URL of another machine."""
+    """Whether a path is a URL (see REMOTE_SCHEMES)."""
     return path.partition("://")[0].lower() in REMOTE_SCHEMES and "://" in path
 
 
 def read_file(path: str) -> bytes:
-    """The whole of a small file, local or remote. Raises OSError (FileNotFoundError) or, for a URL, InputError."""
+    """The bytes of a small file, local or remote. Raises OSError (FileNotFoundError) or, for a URL, InputError."""
     if is_remote(path):
         from shards.machine import remote
 
@@ -24,14 +24,14 @@ def read_file(path: str) -> bytes:
 
 
 def check_regular(path: str) -> None:
-    """Raise OSError unless a path is of a file: an index may name a pipe, which waits, or a device without an end."""
+    """Raise OSError unless a path is that of a regular file: reading a pipe or a device might never end."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, f"it is {'a folder, ' if stat.S_ISDIR(mode) else ''}not a file", path)
 
 
 def sync_folder(folder: str) -> None:
-    """Make renames in a folder lasting."""
+    """Flush the renames in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
-"""What a launcher (horovodrun, mpirun, srun) tells the processes that it starts, before MPI is initialised."""
+"""What a launcher (horovodrun, mpirun, srun) tells its processes through the environment, before MPI is initialised."""
 
 import os
 
-# Where it tells a process its rank.
+# Variables that hold the rank of a process.
 _RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
@@ -15,7 +15,7 @@ def launched_rank() -> int:
     return 0
 
 
-# How many processes a launcher has started, the innermost launcher first, and what that is called.
+# Variables that hold the number of processes, that of the innermost launcher first, and the launcher's name.
 _SIZE_VARIABLES = {
     "HOROVOD_SIZE": "horovodrun",
     "OMPI_COMM_WORLD_SIZE": "mpirun of Open MPI",
@@ -26,7 +26,7 @@ _SIZE_VARIABLES = {
 
 
 def lone_process(size: int, library: str) -> str:
-    """What to say when a launcher started several processes and each believes to be alone; empty: all is well.
+    """The message for a launcher that started several processes, each of which sees only itself; empty: all is well.
 
     Args:
         size: the number of processes that `library` (Horovod, mpi4py) sees.

@@ -1,6 +1,6 @@
-"""One writer per folder: a lock that ends with its process, also on other hosts of a shared file system.
+"""One writer per folder: a lock that holds on all hosts of a shared file system, and ends with its process.
 
-In: the path of a lock file. Out: that file, locked for as long as it is open, or an InputError that names the holder.
+In: the path of a lock file. Out: that file, locked as long as it is open, or an InputError that names the holder.
 """
 
 import errno
@@ -15,13 +15,11 @@ from typing import TextIO
 
 from shards.errors import EXIT_STOPPED, InputError
 
-WAIT_SECONDS = (
-    60.0  # for the lock of a job that has ended; the ranks that wait for rank 0 meanwhile wait longer than this
-)
+WAIT_SECONDS = 60.0  # for the lock of a job that has ended; less than ranks wait for rank 0
 
 
 class StillLocked(InputError):
-    """A job that has ended still holds the lock: exit code 75, with which the job scripts requeue."""
+    """A job that has ended still holds the lock. Exit code 75: the job scripts requeue."""
 
     exit_code = EXIT_STOPPED
 
@@ -29,11 +27,11 @@ class StillLocked(InputError):
 def hold(path: str, folder: str, instead: str) -> TextIO:
     """Lock `path`, which protects `folder`; closing the returned file ends the lock.
 
-    Without locks on the file system (Lustre without flock: ENOSYS, NFS: ENOLCK), print a warning and go on.
+    If the file system has no locks (Lustre without flock: ENOSYS, NFS: ENOLCK), print a warning and go on.
 
     Raises:
-        InputError: another process is at work in the folder; `instead` is the option that names another one.
-        StillLocked: the lock is that of a job that has ended (its node was lost) and was not freed in time.
+        InputError: another process uses the folder; `instead` is the option that names another folder.
+        StillLocked: the lock is that of a job that has ended (its node was lost), and was not freed in time.
         OSError: the file cannot be written.
     """
     file = open(path, "a+", encoding="utf-8")
@@ -66,11 +64,11 @@ def hold(path: str, folder: str, instead: str) -> TextIO:
 
 
 def _try(file: TextIO, folder: str) -> bool:
-    """Whether the lock is ours now, or cannot be had because the file system has none."""
+    """Whether the lock is ours now, or the file system has no locks."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):  # all others say that there are no locks here
+        if error.errno in (errno.EAGAIN, errno.EACCES):  # any other error means that there are no locks here
             return False
         print(
             f"warning: no file locks in {folder} ({error.strerror}): do not run two jobs in it at once", file=sys.stderr
@@ -79,16 +77,16 @@ def _try(file: TextIO, folder: str) -> bool:
 
 
 def has_ended(owner: str) -> bool:
-    """Whether `owner`, the text of a lock file, is an earlier part of this Slurm job, or a job that Slurm has ended."""
+    """Whether `owner` (text of a lock file) is an earlier attempt of this Slurm job, or a job that has ended."""
     found, mine = re.search(r", Slurm job (\d+), restart (\d+)$", owner), os.environ.get("SLURM_JOB_ID")
     if not found or not mine:
         return False
     if found[1] == mine:
-        # In elastic training the other ranks go on, in the same part of the job, when the node of rank 0 is lost.
+        # In elastic training the other ranks go on, in the same attempt, when the node of rank 0 is lost.
         elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
         return elastic or int(found[2]) < int(os.environ.get("SLURM_RESTART_COUNT", 0))
     try:
-        # Asked for both, so that an answer without the other job is one.
+        # Ask for both jobs: if the answer has ours but not the other, the other has ended.
         command = ["squeue", "--noheader", f"--jobs={found[1]},{mine}", "--format=%A %t"]
         lines = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.splitlines()
     except (OSError, subprocess.TimeoutExpired):

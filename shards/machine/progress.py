@@ -1,6 +1,6 @@
-"""How far a long command is: one line that is rewritten on a terminal, else a line every ten seconds.
+"""Progress of a long command: one line that is rewritten on a terminal, else a new line every ten seconds.
 
-In: how many units there are, and how many more are done. Several processes: one of them adds up for all.
+In: how many units there are, and how many more are done. With several processes, one of them counts for all.
 """
 
 import os
@@ -9,14 +9,16 @@ import sys
 import time
 from typing import TextIO
 
-LINE_SECONDS = 10.0  # between two lines in a batch log or a pipe
-BAR_SECONDS = 0.2  # between two states of the line on a terminal
+LINE_SECONDS = 10.0  # between two lines in a log
+BAR_SECONDS = 0.2  # between two updates of the line on a terminal
 
 
 def on_terminal(stream: TextIO) -> bool:
-    """Whether somebody watches `stream`. A rank writes to its launcher: horovodrun says where that writes to, others
-    do not (mpirun gives ranks a pseudo-terminal even when its own output is a file). On stderr mpirun holds
-    back what a rank writes until the line ends, so that no line can be rewritten there."""
+    """Whether `stream` is shown on a terminal on which a line can be rewritten.
+
+    A rank writes to its launcher. horovodrun says whether that writes to a terminal; mpirun does not (it gives ranks a
+    pseudo-terminal even if its own output is a file), and passes on stderr only whole lines.
+    """
     if any(name in os.environ for name in ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK")):
         return stream is sys.stdout and os.environ.get("HOROVOD_TERMINAL") == "1"
     return stream.isatty()
@@ -32,9 +34,9 @@ def duration(seconds: float) -> str:
 
 
 class Line:
-    """A line that tells the present state: rewritten on a terminal, else a new one with the time of day now and then.
+    """A line with the present state: rewritten on a terminal, else printed anew with the time of day.
 
-    `due` says whether the last one is old enough; whoever has the text then calls `show`.
+    Call `show` with the text when `due` says that the last line is old enough.
     """
 
     def __init__(self, stream: TextIO):
@@ -42,9 +44,11 @@ class Line:
         self._stream, self._shown, self._dirty = stream, time.monotonic(), False
 
     def due(self) -> bool:
+        """Whether it is time for the next `show`."""
         return time.monotonic() - self._shown >= (BAR_SECONDS if self.terminal else LINE_SECONDS)
 
     def show(self, text: str) -> None:
+        """Show the line."""
         self._shown = time.monotonic()
         if self.terminal:  # a line that wraps cannot be rewritten
             text, self._dirty = text[: shutil.get_terminal_size().columns - 1], True
@@ -63,10 +67,10 @@ class Progress:
     """`HH:MM:SS what 12,345/1,281,167 images 562 images/s ETA 0:38:00` on stderr.
 
     Args:
-        total: units there are, those of `done` included; 0: not known.
+        total: number of units, including `done`; 0: not known.
         unit: what is counted, in the plural.
         what: the command and its subject, for instance "packing train".
-        done: units that an earlier run did. They count as progress and not for the rate.
+        done: units that an earlier run did. They count as progress, but not for the rate.
     """
 
     def __init__(self, total: int, unit: str = "images", what: str = "", done: int = 0):
@@ -77,13 +81,13 @@ class Progress:
     def add(self, count: int) -> None:
         """`count` more units are done."""
         self.done += count
-        if not self._start:  # the rate counts from the first units on: starting the processes is left out
+        if not self._start:  # the rate counts from here, without the start of the processes
             self._begin, self._start = self.done, time.monotonic()
         if self._line.due():
             self._line.show(self.line())
 
     def line(self) -> str:
-        """The state now."""
+        """The text of the line."""
         rate = (self.done - self._begin) / max(time.monotonic() - self._start, 1e-3)
         of = f"/{self.total:,}" if self.total else ""
         what = f"{self.what} " if self.what else ""
@@ -96,5 +100,5 @@ class Progress:
         return text
 
     def close(self) -> None:
-        """Clear the line on a terminal; what the command has done is its own to say."""
+        """Clear the line on a terminal."""
         self._line.clear()

@@ -1,7 +1,7 @@
 """Files on other machines: ranges of bytes over HTTP(S), and over s3:// or gs:// where fsspec is installed.
 
-In: a URL, an offset and a size. Out: exactly those bytes. A connection that drops is taken up again at the byte where
-it dropped, at most RETRIES times a call, counted in `retries`.
+In: a URL, an offset and a size. Out: exactly those bytes. After a dropped connection the download goes on at the byte
+where it dropped, at most RETRIES times per call; `retries` counts them.
 """
 
 import fcntl
@@ -13,21 +13,21 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from shards.errors import InputError
 
-RETRIES = 5  # a call; with the pauses below, a server that restarts within half a minute is waited for
+RETRIES = 5  # per call; with the pauses below, enough for a server that restarts within half a minute
 _TIMEOUT = 30.0  # seconds without a byte
-_FIRST_PAUSE = 0.5  # seconds before the second try; doubled each time, up to a quarter more by chance
+_FIRST_PAUSE = 0.5  # seconds before the second try; doubled each time, with up to a quarter more at random
 _LONGEST_PAUSE = 10.0
-_PIECE = 1 << 20  # bytes a recv: what has come is kept when the connection drops
-_OBJECT_PIECE = 8 << 20  # bytes a request through fsspec, which gives all or nothing of one
-_PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP status: worth another try
+_PIECE = 1 << 20  # bytes per recv: what was received is kept when the connection drops
+_OBJECT_PIECE = 8 << 20  # bytes per request through fsspec, which returns a request as a whole
+_PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP status codes that may pass: try again
 
 retries = 0  # connections of this process that dropped or were refused and were tried again
 
-# What a URL needs beside fsspec itself.
+# Packages that a URL needs besides fsspec.
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
 
 
@@ -39,8 +39,9 @@ def read_range(url: str, offset: int, size: int) -> bytes:
     """Bytes `offset` to `offset + size` of a remote file.
 
     Raises:
-        InputError: no such file, no access, the file is shorter, no server after RETRIES further tries, or a
-            package that the URL needs is not installed.
+        FileNotFoundError: there is no such file.
+        InputError: no access, the file is shorter, no server after RETRIES further tries, or a package that the URL
+            needs is not installed.
     """
     if size == 0:
         return b""
@@ -51,17 +52,17 @@ def read_range(url: str, offset: int, size: int) -> bytes:
 
 
 def read_file(url: str) -> bytes:
-    """A whole remote file. Raises FileNotFoundError where there is none, else as read_range does."""
+    """The bytes of a whole remote file. Raises as read_range does."""
     return read_range(url, 0, size_of(url))
 
 
 def size_of(url: str) -> int:
-    """Bytes of a remote file. Raises FileNotFoundError where there is none, else as read_range does."""
+    """Number of bytes of a remote file. Raises as read_range does."""
     if not _is_http(url):
         return _attempts(url, lambda: int(_filesystem(url).size(url)))
 
     def ask() -> int:
-        # One byte instead of a HEAD request: signed addresses of object stores are for GET only.
+        # A GET of one byte, not HEAD: signed URLs of object stores allow GET only.
         with _request(url, 0, 1) as response:
             return _total(response, url)
 
@@ -71,12 +72,12 @@ def size_of(url: str) -> int:
 def cached(url: str, folder: str, size: int, sha256: str) -> str:
     """Path of a copy of a remote file in a local folder, fetched by the first process of the machine that asks for it.
 
-    A copy that was broken off is carried on. `size` and `sha256` as the index has them; 0 and empty where it does not.
+    A copy that was interrupted is completed. `size` and `sha256` are those of the index; 0 and empty: not known.
 
     Raises:
-        InputError: as read_range does; or the folder cannot be written, or what came is not what was packed.
+        InputError: as read_range does; or the folder cannot be written, or the file is not the one that was packed.
     """
-    # Shards that were packed anew under the same address get another name.
+    # Size and digest are part of the name: shards packed again under the same URL get another one.
     digest = hashlib.sha256(f"{url} {size} {sha256}".encode()).hexdigest()[:16]
     path = os.path.join(folder, f"{digest}-{re.sub('[^A-Za-z0-9._-]', '_', url.rpartition('/')[2])}")
     if _is_kept(path, size):
@@ -92,8 +93,8 @@ def cached(url: str, folder: str, size: int, sha256: str) -> str:
         raise InputError(f"{url} is not there", False) from None
     except OSError as error:
         raise InputError(
-            f"cannot keep {url} in {folder}: {error.strerror or error}; SHARDS_CACHE names a folder with room for all "
-            "shards, of which none is ever removed; without it each image is fetched when it is needed",
+            f"cannot keep {url} in {folder}: {error.strerror or error}; SHARDS_CACHE must name a folder with room for "
+            "all shards (none is ever removed); without it each image is fetched when it is needed",
             False,
         ) from None
     return path
@@ -107,7 +108,7 @@ def _is_kept(path: str, size: int) -> bool:
 
 
 def _fetch(url: str, path: str, size: int, sha256: str) -> None:
-    """Append to a file what it lacks of the remote one, and check the whole."""
+    """Append to a local file what it lacks of the remote one, and check the whole."""
     size = size or size_of(url)
     with open(path, "a+b") as file:
         if file.tell() > size:
@@ -118,11 +119,11 @@ def _fetch(url: str, path: str, size: int, sha256: str) -> None:
         file.seek(0)
         if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             file.truncate(0)
-            raise InputError(f"{url} is damaged or not the one that was packed: its sha256 is not the index's", False)
+            raise InputError(f"{url} is damaged or was replaced: its sha256 is not the one in the index", False)
 
 
 def list_tars(url: str) -> list[str]:
-    """URLs of all tars under an s3:// or gs:// folder. HTTP has no listing: InputError."""
+    """URLs of all tars below an s3:// or gs:// folder. Raises InputError for HTTP, which has no listing."""
     if _is_http(url):
         raise InputError(
             f"a web server does not list its files: give {url} as a pattern of tars, for example "
@@ -134,73 +135,67 @@ def list_tars(url: str) -> list[str]:
 
 
 def _pieces(url: str, offset: int, size: int) -> Iterator[bytes]:
-    """The range in pieces, in order; after a failure the rest of it is asked for anew."""
-    state = {"done": 0, "tag": None}
-
-    def more() -> bytes:
-        at, left = offset + state["done"], size - state["done"]
-        if not _is_http(url):
-            piece = _filesystem(url).cat_file(url, start=at, end=at + min(left, _OBJECT_PIECE))
-        else:
-            if state.get("response") is None:
-                state["response"] = _request(url, at, left)
-                tag = (state["response"].headers.get("ETag"), _total(state["response"], url))
-                if state["tag"] not in (None, tag):
-                    raise _Changed
-                state["tag"] = tag
-            piece = state["response"].read1(min(left, _PIECE))
-        if not piece:
-            end = state["tag"][1] if state["tag"] else _filesystem(url).size(url)
-            if end < offset + size:
-                raise InputError(f"{url} has {end} bytes, but bytes up to {offset + size} were to be read", False)
-            raise ConnectionError("the connection ended early")
-        state["done"] += len(piece)
-        return piece
-
-    def forget() -> None:
-        response = state.pop("response", None)
-        if response is not None:
-            response.close()
-
-    failures = [0]
+    """A range of bytes in pieces, in order; after a failure the rest is requested again."""
+    download, failures = _Download(url, offset, size), [0]
     try:
-        while state["done"] < size:
-            yield _attempts(url, more, forget, failures)
+        while download.at < download.end:
+            yield _attempts(url, download.piece, download.close, failures)
     finally:
-        forget()
+        download.close()
 
 
-def _attempts(url: str, action, forget=lambda: None, failures: list[int] | None = None):
-    """action(), again after a passing failure, at most RETRIES times over all calls that share `failures`."""
+class _Download:
+    """Bytes `at` to `end` of a remote file, which are still to be received."""
+
+    def __init__(self, url: str, offset: int, size: int):
+        self.at, self.end = offset, offset + size
+        self._url = url
+        self._response: http.client.HTTPResponse | None = None
+        self._tag: tuple[str | None, int] | None = None  # ETag and size of the file, as in the first answer
+
+    def piece(self) -> bytes:
+        """The next bytes. Raises InputError if the file ends before them, ConnectionError if the connection does."""
+        left = self.end - self.at
+        if not _is_http(self._url):
+            data = _filesystem(self._url).cat_file(self._url, start=self.at, end=self.at + min(left, _OBJECT_PIECE))
+        else:
+            if self._response is None:
+                self._response = _request(self._url, self.at, left)
+                tag = (self._response.headers.get("ETag"), _total(self._response, self._url))
+                if self._tag not in (None, tag):
+                    raise _Changed
+                self._tag = tag
+            data = self._response.read1(min(left, _PIECE))
+        if not data:
+            size = self._tag[1] if self._tag else _filesystem(self._url).size(self._url)
+            if size < self.end:
+                raise InputError(f"{self._url} has {size} bytes, but bytes up to {self.end} were to be read", False)
+            raise ConnectionError("the connection ended early")
+        self.at += len(data)
+        return data
+
+    def close(self) -> None:
+        """End the connection; the next piece opens another."""
+        if self._response is not None:
+            self._response.close()
+            self._response = None
+
+
+def _attempts(url: str, action: Callable, forget: Callable = lambda: None, failures: list[int] | None = None):
+    """The result of `action()`, tried again after failures that may pass.
+
+    There are at most RETRIES further tries over all calls that share `failures`; `forget()` is called before each.
+    """
     global retries
     failures = [0] if failures is None else failures
     while True:
         try:
             return action()
-        except InputError:
-            raise
-        except _Changed:
-            raise InputError(f"{url} changed while it was read; start again", False) from None
-        except FileNotFoundError:
-            raise
-        except PermissionError as error:
-            raise InputError(f"no access to {url}: {error}", False) from None
-        except (OSError, http.client.HTTPException, EOFError) as error:
-            what = error
-        except Exception as error:  # fsspec hands on what its clients raise (botocore, aiohttp)
-            if _is_http(url):
-                raise
-            what = error
+        except Exception as error:  # fsspec passes on what its clients raise (botocore, aiohttp)
+            if (final := _final_error(url, error)) is not None:
+                raise final from None
+            reason = " ".join(str(getattr(error, "reason", "") or error).split()) or type(error).__name__
         forget()
-        if isinstance(what, urllib.error.HTTPError):
-            what.close()
-            if what.code in (404, 410):
-                raise FileNotFoundError(2, "there is no such file", url)
-            if what.code == 416:
-                raise InputError(f"{url} is shorter than its index says; fetch both anew", False)
-            if what.code not in _PASSING:
-                raise InputError(f"no access to {url}: HTTP {what.code} {what.reason}", False)
-        reason = " ".join(str(getattr(what, "reason", "") or what).split()) or type(what).__name__
         if failures[0] >= RETRIES:
             raise InputError(f"cannot read {url}: {reason} (given up after {RETRIES} retries)", False)
         pause = min(_FIRST_PAUSE * 2 ** failures[0], _LONGEST_PAUSE) * random.uniform(1, 1.25)
@@ -209,25 +204,48 @@ def _attempts(url: str, action, forget=lambda: None, failures: list[int] | None 
         time.sleep(pause)
 
 
+def _final_error(url: str, error: Exception) -> Exception | None:
+    """The error to raise; None: it may pass."""
+    if isinstance(error, InputError | FileNotFoundError):
+        return error
+    if isinstance(error, _Changed):
+        return InputError(f"{url} changed while it was read; start again", False)
+    if isinstance(error, PermissionError):
+        return InputError(f"no access to {url}: {error}", False)
+    if isinstance(error, urllib.error.HTTPError):
+        error.close()
+        if error.code in (404, 410):
+            return FileNotFoundError(2, "there is no such file", url)
+        if error.code == 416:
+            return InputError(f"{url} is shorter than its index says; download both again", False)
+        return (
+            None
+            if error.code in _PASSING
+            else InputError(f"no access to {url}: HTTP {error.code} {error.reason}", False)
+        )
+    passes = isinstance(error, OSError | http.client.HTTPException | EOFError) or not _is_http(url)
+    return None if passes else error
+
+
 def _is_http(url: str) -> bool:
     return url.partition("://")[0].lower() in ("http", "https")
 
 
-# HTTP by the standard library, not fsspec: it runs no thread of its own (fsspec's event loop does not survive the fork
-# of a reader process), it keeps what came before a connection dropped, and it honours the cluster's proxy variables.
+# HTTP by the standard library, not by fsspec: no threads (fsspec's event loop does not survive a fork), proxy variables
+# are honoured, and what was received before a connection dropped is kept.
 def _request(url: str, offset: int, size: int) -> http.client.HTTPResponse:
     request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-{offset + size - 1}"})
     response = urllib.request.urlopen(request, timeout=_TIMEOUT)
     if not urllib.request.urlparse(response.url).scheme.lower().startswith("http"):
         raise InputError(f"{url} leads to {response.url}, which is not HTTP", False)
     if response.status == 200:
-        # The server sends the whole file. That serves only where the start of it is wanted: nothing is then skipped.
+        # The server sends the whole file, which is useful only if its start is wanted.
         if offset:
             response.close()
-            raise InputError(f"the server of {url} knows no range requests; copy the shards to a file system", False)
+            raise InputError(f"the server of {url} has no range requests; copy the shards to a file system", False)
     elif int(response.headers.get("Content-Range", "bytes -1-").split()[1].partition("-")[0]) != offset:
         response.close()
-        raise http.client.HTTPException("the server sent another range than was asked for")
+        raise http.client.HTTPException("the server sent another range than requested")
     return response
 
 
@@ -244,7 +262,7 @@ _filesystems: dict[tuple[int, str], object] = {}
 
 
 def _filesystem(url: str):
-    """fsspec's file system for a URL; one a process, since it does not survive a fork."""
+    """fsspec's file system for a URL; one per process, since it does not survive a fork."""
     scheme = url.partition("://")[0].lower()
     key = (os.getpid(), scheme)
     if key not in _filesystems:

@@ -1,7 +1,7 @@
-"""Parts of JPEG images by jpeg.c beside it, compiled once for this kind of machine and kept in the user's cache.
+"""Decodes parts of JPEG images by jpeg.c, which is compiled once per kind of machine and kept in the user's cache.
 
 In: the bytes of a file and a rectangle. Out: its pixels in memory of the caller, equal to libjpeg-turbo's, or the
-answer that another decoder is needed. Where there is no compiler, or no AVX2 (x86-64), there is none of this.
+answer that another decoder is needed. Without a C compiler, or AVX2 (x86-64), this decoder is missing.
 """
 
 import contextlib
@@ -20,19 +20,19 @@ from shards.machine.caches import cache_folder
 
 _SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "jpeg.c")
 _FLAGS = ("-O3", "-mavx2", "-mbmi2", "-shared", "-fPIC")
-_PROCESSOR = {"avx2", "bmi2"}  # what it must have, as /proc/cpuinfo calls it
+_PROCESSOR = {"avx2", "bmi2"}  # flags in /proc/cpuinfo that the processor must have
 _COMPILE_SECONDS = 120.0
 
 _DONE = 0  # as in jpeg.c
 
 
 class _Missing(Exception):
-    """There is no such decoder here. The message says why."""
+    """The decoder is missing here. The message says why."""
 
 
 @functools.cache
 def _find() -> tuple[ctypes.CDLL | None, str]:
-    """The library, compiled if need be, and otherwise the reason for which there is none."""
+    """The library, which is compiled if necessary, or None and the reason why it is missing."""
     try:
         _check_processor()
         path = library_path()
@@ -52,7 +52,7 @@ def _find() -> tuple[ctypes.CDLL | None, str]:
 
 
 def missing() -> str:
-    """Why there is no such decoder here; empty: there is one. The first call may compile it (about 3 s)."""
+    """Why the decoder is missing here; empty: it is not. The first call may compile it (about 3 s)."""
     return _find()[1]
 
 
@@ -60,7 +60,7 @@ class Decoder:
     """Decodes one image after another; not for use by several threads at once.
 
     Raises:
-        RuntimeError: there is none (`missing`).
+        RuntimeError: the decoder is missing here.
     """
 
     def __init__(self):
@@ -81,7 +81,7 @@ class Decoder:
         part: tuple[int, int],
         address: int,
     ) -> bool:
-        """Write the RGB pixels of a part of an image to an address, row behind row.
+        """Write the RGB pixels of a part of an image to a memory address, row by row.
 
         Args:
             data: bytes of the file.
@@ -90,8 +90,8 @@ class Decoder:
             part: height, width of the part.
 
         Returns:
-            False: another decoder is needed. The file is damaged or unusual, or the image has another size. What lies
-            at the address is then of no use.
+            False: another decoder is needed, because the file is damaged or unusual or the image has another size.
+            The memory at the address then holds no valid pixels.
         """
         if isinstance(data, memoryview) and not data.readonly:
             pointer = ctypes.byref(ctypes.c_char.from_buffer(data))
@@ -109,7 +109,7 @@ _thread = threading.local()
 
 
 def decoder() -> Decoder | None:
-    """This thread's decoder; None: there is none here."""
+    """The decoder of this thread; None: it is missing here."""
     if not hasattr(_thread, "decoder"):
         _thread.decoder = Decoder() if _find()[0] is not None else None
     return _thread.decoder
@@ -117,7 +117,7 @@ def decoder() -> Decoder | None:
 
 def _check_processor() -> None:
     if platform.machine() != "x86_64":
-        raise _Missing(f"it is for x86-64, this is {platform.machine()}")
+        raise _Missing(f"it needs x86-64, this is {platform.machine()}")
     try:
         with open("/proc/cpuinfo") as file:
             flags = next((line.split() for line in file if line.startswith("flags")), [])
@@ -129,23 +129,23 @@ def _check_processor() -> None:
 
 
 def library_path() -> str:
-    """Where the library of this source is kept. Its name tells apart what machines that share a home folder need."""
+    """Where the compiled library is kept. Its name differs for kinds of machines that may share a home folder."""
     with open(_SOURCE, "rb") as file:
         source = file.read()
     about = repr((_FLAGS, platform.machine(), platform.libc_ver()))
     key = hashlib.sha256(source + about.encode()).hexdigest()[:16]
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.environ.get("HOME") or "/tmp", ".cache")
     wanted, name = os.path.join(home, "alexnet-horovod"), f"jpeg-{key}.so"
-    made = os.path.join(wanted, name)  # perhaps on another node, and this one may only read it
+    made = os.path.join(wanted, name)  # perhaps by another node, and this one can only read it
     return made if os.path.exists(made) else os.path.join(cache_folder(wanted, "jpeg"), name)
 
 
 def _compile(path: str) -> None:
-    """Compile the library under a temporary name, then rename it; processes that start together wait for the first."""
+    """Compile the library, then rename it; processes that start together wait for the first one."""
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "jpeg.lock"), "w") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks: each compiles, and the last one's stays
+        with contextlib.suppress(OSError):  # without locks each process compiles, and the last library stays
             fcntl.flock(lock, fcntl.LOCK_EX)
         if os.path.exists(path):
             return

@@ -1,7 +1,7 @@
-"""One image: file bytes -> pixels -> the size that is stored -> JPEG or raw bytes.
+"""One image: bytes of a file -> pixels -> the size that is stored -> JPEG or raw bytes.
 
-In: the bytes of an image file. Out: uint8 arrays (H, W, 3) or (H, W) for grey, and the bytes of a sample's member.
-A file that cannot be decoded, or is too large to be an honest photograph, raises BadImage.
+In: the bytes of an image file. Out: uint8 arrays (H, W, 3), or (H, W) for grey, and the bytes that a shard stores.
+A file that cannot be decoded, or has too many pixels, raises BadImage.
 """
 
 import io
@@ -12,32 +12,28 @@ import numpy as np
 
 from shards.read import fastjpeg
 
-# Refused above this, from the header alone. The largest photograph of ILSVRC2012 has 5980 x 6430 (NVIDIA DALI, ImageNet
-# example), and decoding one of the limit keeps a process under 1 GiB.
+# Larger images are refused by their header. The largest photograph of ILSVRC2012 has 5980 x 6430 (NVIDIA DALI, ImageNet
+# example); decoding an image of the limit keeps a process under 1 GiB.
 MAX_PIXELS = 1 << 26
 
-# What Pillow may open. A closed list: its EPS plug-in starts Ghostscript.
+# Formats that Pillow may open; not all, because its EPS plug-in starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 
-# What libjpeg says of a JPEG that lacks pixels, which it then makes up, or holds bytes too many, which is what a wrong
-# bit leaves behind.
+# Warnings of libjpeg for a JPEG that lacks pixels (which it then makes up) or has extra bytes (as after a wrong bit).
 _DAMAGE = re.compile(r"Premature end|Corrupt JPEG data: (?!bad ICC)|Inconsistent progression")
-
-FITS = ("crop", "squash", "none")
-ENCODINGS = ("jpeg", "raw", "copy")
 
 try:
     import simplejpeg
-except ImportError:  # Pillow does all of it, at half the speed
+except ImportError:  # Pillow decodes instead, at half the speed
     simplejpeg = None
 
 
 class BadImage(ValueError):
-    """An image that cannot be packed. The message says why, not which: the caller knows its name."""
+    """An image that cannot be used. The message says why, without its name, which the caller knows."""
 
 
 def check_size(height: int, width: int) -> None:
-    """Raise BadImage for an image, stored or to be made, of more than MAX_PIXELS."""
+    """Raise BadImage for an image of more than MAX_PIXELS, or none."""
     if height * width > MAX_PIXELS:
         raise BadImage(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS:,}")
     if height < 1 or width < 1:
@@ -45,7 +41,7 @@ def check_size(height: int, width: int) -> None:
 
 
 def slow_decoder() -> str:
-    """What decodes JPEGs here where the fastest cannot, its cost, and how to mend it; empty: the fastest does."""
+    """Why the fastest JPEG decoder is not used here, what that costs, and how to fix it; empty: it is used."""
     reason = fastjpeg.missing()
     if not reason:
         return ""
@@ -54,18 +50,23 @@ def slow_decoder() -> str:
         other = "simplejpeg is not installed either, and Pillow decodes, at 0.45"
     return (
         f"shards/read/jpeg.c is not in use: {reason}; {other} of its speed where measured (3,700 and 2,200 instead of "
-        "4,900 images/s a core, 256 x 256); bash slurm/install.sh compiles it where there is a C compiler"
+        "4,900 images/s per core, 256 x 256); bash slurm/install.sh compiles it where there is a C compiler"
     )
 
 
 def decode(data: bytes, at_least: int = 0, square: bool = False) -> np.ndarray:
     """Pixels of an image file: uint8 (H, W, 3) RGB, or (H, W) for a grey JPEG or grey PNG.
 
-    `at_least`: pixels that the shorter side must keep; larger JPEGs are then decoded at 1/2, 1/4 or 1/8 (libjpeg does
-    it within the inverse DCT, where it is both exact averaging and faster than decoding in full). 0: full size.
-    `square`: only the centre square is wanted; the image may come whole all the same.
-    EXIF orientation is ignored, as everywhere in ImageNet practice: the labels and published results go with the
-    pixels as stored. Transparency is dropped, of an animation the first frame is taken.
+    EXIF orientation is ignored, as is usual for ImageNet: labels and published results belong to the pixels as stored.
+    Transparency is dropped; of an animation the first frame is taken.
+
+    Args:
+        at_least: pixels that the shorter side must keep; a larger JPEG is decoded at 1/2, 1/4 or 1/8 (by averaging in
+            libjpeg's inverse DCT, which is exact and faster than decoding in full). 0: full size.
+        square: only the centre square is needed; the whole image may be returned all the same.
+
+    Raises:
+        BadImage: the image cannot be decoded in full.
     """
     header = jpeg_header(data)
     if header:
@@ -76,7 +77,7 @@ def decode(data: bytes, at_least: int = 0, square: bool = False) -> np.ndarray:
             image = _decode_fast(data, height, width, square)
             if image is not None:
                 return image
-        # Pillow knows the colours of CMYK (Adobe's are inverted); here it is decoded in small, to see if it is whole.
+        # Pillow converts CMYK (Adobe's is inverted); here it is only decoded small, to see whether it is whole.
         least = (1, 1, 8) if components == 4 else (-(-height // factor), -(-width // factor), factor)
         image = _decode_simplejpeg(data, {1: "GRAY", 4: "CMYK"}.get(components, "RGB"), *least)
         if image is not None and components != 4:
@@ -87,10 +88,10 @@ def decode(data: bytes, at_least: int = 0, square: bool = False) -> np.ndarray:
 
 
 def _decode_simplejpeg(data: bytes, colours: str, height: int, width: int, factor: int) -> np.ndarray | None:
-    """A JPEG by libjpeg-turbo, at most `factor` times smaller and at least `height` x `width`; None: not one for it.
+    """A JPEG by libjpeg-turbo, at most `factor` times smaller and at least `height` x `width`; None: it cannot.
 
     Raises:
-        BadImage: it is damaged. Pillow would fill in what is missing without a word.
+        BadImage: it is damaged. (Pillow would fill in what is missing, without a warning.)
     """
     if simplejpeg is None:
         return None
@@ -104,7 +105,7 @@ def _decode_simplejpeg(data: bytes, colours: str, height: int, width: int, facto
 
 
 def _decode_fast(data: bytes, height: int, width: int, square: bool) -> np.ndarray | None:
-    """A colour JPEG, or its centre square, by shards/read/jpeg.c; None: it is not for that."""
+    """A colour JPEG, or its centre square, by shards/read/jpeg.c; None: it cannot."""
     decoder = fastjpeg.decoder()
     if decoder is None:
         return None
@@ -122,9 +123,9 @@ def centre_square(height: int, width: int) -> tuple[tuple[int, int], tuple[int, 
 
 
 def jpeg_header(data: bytes) -> tuple[int, int, int] | None:
-    """Height, width and number of components of a JPEG, or None for other files and damaged headers.
+    """Height, width and number of components of a JPEG; None: it is another file, or the header is damaged.
 
-    Source: ITU-T T.81, B.1.1.3 and B.2.2. A walk over the markers takes 5 us; libjpeg takes 50 us to set itself up.
+    Source: ITU-T T.81, B.1.1.3 and B.2.2. Walking over the markers takes 5 us, the start of libjpeg alone 50 us.
     """
     if data[:3] != b"\xff\xd8\xff":
         return None
@@ -154,7 +155,7 @@ def _decode_pillow(data: bytes, at_least: int) -> np.ndarray:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # corrupt EXIF, palette transparency: no matter for the pixels
+            warnings.simplefilter("ignore")  # corrupt EXIF, palette transparency: they do not affect the pixels
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             check_size(image.height, image.width)
             if image.format == "JPEG" and at_least:
@@ -163,7 +164,7 @@ def _decode_pillow(data: bytes, at_least: int) -> np.ndarray:
             image.load()
             image = _eight_bits(image)
             factor = _scale(min(image.size), at_least)
-            # The box average that the DCT gives for JPEG: else a large PNG would take a GiB on its way through numpy.
+            # Average as the DCT does for JPEG: else a large PNG would take 1 GiB in numpy.
             return np.array(image.reduce(factor) if factor > 1 else image)
     except BadImage:
         raise
@@ -175,7 +176,7 @@ def _eight_bits(image):
     """A Pillow image of any mode as L or RGB.
 
     Raises:
-        BadImage: the file does not say how dark and how bright its numbers can be.
+        BadImage: the file does not say which numbers are black and white.
     """
     from PIL import Image
 
@@ -191,7 +192,7 @@ def _eight_bits(image):
     if image.mode == "La":
         image = image.convert("LA")
     mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
-    return image if image.mode == mode else image.convert(mode)  # converting to the mode that it has would copy it
+    return image if image.mode == mode else image.convert(mode)  # convert() would copy it in any case
 
 
 def _why(error: Exception) -> str:
@@ -199,15 +200,16 @@ def _why(error: Exception) -> str:
 
     if isinstance(error, Image.DecompressionBombError):
         return f"more pixels than the limit of {MAX_PIXELS:,}"
-    if isinstance(error, UnidentifiedImageError):  # its own message is of a BytesIO at an address
+    if isinstance(error, UnidentifiedImageError):  # its message names a BytesIO and its address
         return "cannot be decoded: no image file, or damaged at its beginning"
     return f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 def fit_image(image: np.ndarray, size: int, fit: str) -> np.ndarray:
-    """The image as stored. `size` 0 keeps it; else, by `fit`:
+    """The image in the size that is stored. `size`: pixels; 0 keeps it as it is.
 
-    crop: the centre square, `size` x `size`; squash: all of it, `size` x `size`; none: shorter side `size`.
+    `fit` is crop: the centre square, `size` x `size`; squash: all of it, `size` x `size`; none: the shorter side has
+    `size`. Raises BadImage if the result would be too large.
     """
     if not size:
         return image
@@ -219,15 +221,15 @@ def fit_image(image: np.ndarray, size: int, fit: str) -> np.ndarray:
         return resize(image, size, size)
     scale = size / min(height, width)
     height, width = max(size, round(height * scale)), max(size, round(width * scale))
-    check_size(height, width)  # a 1 x 100,000 strip would become enormous
+    check_size(height, width)  # a strip of 1 x 100,000 would become enormous
     return resize(image, height, width)
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bicubic with antialiasing (Pillow's default filter: sharper than bilinear, less ringing than Lanczos).
+    """Resize by bicubic interpolation with antialiasing, Pillow's default filter.
 
-    By torch's uint8 kernel: 0.3 ms where Pillow takes 1.7 to 2.2 ms (375x375 -> 256x256, one core), and equal to it
-    within two grey levels wherever no overshoot is clipped; it costs no more there than bilinear.
+    Torch's uint8 kernel takes 0.3 ms where Pillow takes 1.7 to 2.2 ms (375x375 -> 256x256, one core). Its result equals
+    Pillow's within two grey levels where no overshoot is clipped.
     """
     if image.shape[:2] == (height, width):
         return image
@@ -246,8 +248,10 @@ def as_rgb(image: np.ndarray) -> np.ndarray:
 
 
 def encode_jpeg(image: np.ndarray, quality: int) -> bytes:
-    """JPEG file of an image. Colour is stored 4:2:0 as Pillow and most cameras do; grey as a one-channel JPEG, which
-    every reader returns as RGB and which is smaller and faster to decode."""
+    """An image as a JPEG file. Colour is stored as 4:2:0, as by Pillow and most cameras.
+
+    Grey is stored in one channel: smaller, faster to decode, and every reader can return it as RGB.
+    """
     if simplejpeg is not None:
         if image.ndim == 2:
             return simplejpeg.encode_jpeg(np.ascontiguousarray(image[:, :, None]), quality, "GRAY", "Gray")
@@ -260,7 +264,7 @@ def encode_jpeg(image: np.ndarray, quality: int) -> bytes:
 
 
 def header_size(data: bytes) -> tuple[int, int]:
-    """Height and width by an image's header; nothing is decoded. Raises BadImage: not one, or above MAX_PIXELS."""
+    """Height and width from the header of an image; nothing is decoded. Raises BadImage, as for too many pixels."""
     header = jpeg_header(data)
     if header:
         check_size(*header[:2])
@@ -280,7 +284,7 @@ def header_size(data: bytes) -> tuple[int, int]:
 
 
 def file_kind(data: bytes) -> str:
-    """Member ending for an image file, by its first bytes and not its name (ImageNet has a PNG named .JPEG)."""
+    """Extension for an image file, by its first bytes, not its name (ImageNet has a PNG named .JPEG)."""
     if data[:2] == b"\xff\xd8":
         return "jpg"
     if data[:8] == b"\x89PNG\r\n\x1a\n":

@@ -1,10 +1,9 @@
 /* Decodes a part of a baseline JPEG: a crop, as RGB, written where it is wanted.
  *
- * In: the bytes of a file and a rectangle of it. Out: its pixels, the same bit for bit as libjpeg-turbo's (accurate
- * integer inverse DCT, "fancy" upsampling). Whatever is unusual or in the least damaged is refused: the caller has a
- * decoder for all of JPEG, which also says what is wrong. Of a damaged file nothing is used, so it counts as damaged
- * wherever its damage lies: all of the file is entropy-decoded; what is outside the rectangle is spared the inverse DCT,
- * the upsampling and the conversion of colours.
+ * In: the bytes of a file and a rectangle of it. Out: its pixels, bit for bit those of libjpeg-turbo (accurate integer
+ * inverse DCT, "fancy" upsampling). Files that are unusual or damaged in any way are refused: the caller has a decoder
+ * for all of JPEG, which also says what is wrong. Damage anywhere in a file counts, so all of it is entropy-decoded;
+ * inverse DCT, upsampling and conversion of colours are done for the rectangle only.
  *
  *                   accepted                                        refused
  *   process         baseline, Huffman, one scan (SOF0)              progressive, lossless, arithmetic, several scans
@@ -30,20 +29,20 @@
 
 enum { DONE = 0, REFUSED = 1 };
 
-/* A symbol and the value behind it are found by one look at so many bits, where both fit: nine times in ten. */
+/* Bits of a table index. A symbol and the value after it are found by one lookup if both fit: nine times in ten. */
 enum { LOOK = 11, CODES = 1 << LOOK };
-/* Positions in a block from 64 on are those behind its end. END_OF_BLOCK leads there from any position. */
+/* Positions from 64 on are past the end of a block. END_OF_BLOCK leads there from any position. */
 enum { END_OF_BLOCK = 128, POSITIONS = 256 };
-/* Bytes that may be read behind the entropy-coded data: an MCU of damaged data takes 384 times 27 bits at most. And
- * bytes that vectors may write behind a row. */
+/* Bytes that may be read after the entropy-coded data (an MCU of damaged data takes at most 384 times 27 bits), and
+ * bytes that vectors may write after a row. */
 enum { BEHIND_DATA = 2048, BEHIND_ROW = 64 };
 
 /* Bits of the longest code, of the longest value after it (DC: 11, AC: 10), and of both. */
 enum { CODE_BITS = 16, VALUE_BITS = 11, SYMBOL_BITS = CODE_BITS + VALUE_BITS, REFILLED = 56 };
 
 typedef struct {
-    int32_t look[CODES]; /* value << 16 | positions to go on << 8 | bits; 0: look for it the long way */
-    int32_t pairs[CODES]; /* AC: two symbols, where both fit: see read_pairs; 0: see `look` */
+    int32_t look[CODES]; /* value << 16 | positions to advance << 8 | bits; 0: search the table */
+    int32_t pairs[CODES]; /* AC: two symbols, if both fit: see read_pairs; 0: see `look` */
     uint32_t limit[18];  /* codes of l bits, left-aligned to 16, are below limit[l]; limit[17] is above all */
     int32_t offset[17];  /* place of the first code of l bits among the symbols, less that code */
     uint16_t codes[CODES]; /* symbol << 8 | bits of its code alone; 0: it has more than LOOK */
@@ -56,7 +55,7 @@ typedef struct {
     int h, v;         /* sampling factors */
     int quantiser, dc, ac;
     int columns, rows; /* pixels, without padding */
-    int stride;        /* bytes a row of `plane` */
+    int stride;        /* bytes per row of `plane` */
     uint8_t *plane;    /* whole blocks */
 } Component;
 
@@ -75,7 +74,7 @@ static const uint8_t ZIGZAG[64] = {
     41, 34, 27, 20, 13, 6,  7,  14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
     30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
 
-static uint8_t NATURAL[POSITIONS]; /* ZIGZAG, and 64 for all positions behind the end */
+static uint8_t NATURAL[POSITIONS]; /* ZIGZAG, and 64 for all positions past the end */
 
 __attribute__((constructor)) static void fill_natural(void) {
     memset(NATURAL, 64, sizeof NATURAL);
@@ -88,7 +87,7 @@ static inline int extend(int value, int bits) { /* T.81 F.2.2.1 */
     return bits && value < 1 << (bits - 1) ? value - (1 << bits) + 1 : value;
 }
 
-/* Symbol -> bits of the value behind it, and how far it leads in the block. 0: no symbol of a baseline file. */
+/* Symbol -> bits of the value after it, and positions to advance in the block. 0: not a symbol of a baseline file. */
 static int meaning(int symbol, int is_ac, int *value_bits, int *positions) {
     *value_bits = is_ac ? symbol & 15 : symbol;
     *positions = is_ac ? (symbol >> 4) + 1 : 0;
@@ -99,11 +98,11 @@ static int meaning(int symbol, int is_ac, int *value_bits, int *positions) {
     return *value_bits <= 10 && (*value_bits || symbol == 0 || symbol == 0xF0);
 }
 
-/* What one look says of two AC symbols: second value << 24 | first value << 16 | positions to go on for the second << 11
- * | for the first << 6 | bits of both. Where only one fits, the second is 0 positions on and has the same value. The end
- * of the block is BEYOND positions on, where no coefficient is. */
+/* An entry for two AC symbols: second value << 24 | first value << 16 | positions to advance for the second << 11 | for
+ * the first << 6 | bits of both. If only one fits, the second advances 0 positions and has the same value. The end of
+ * the block advances BEYOND positions, to where no coefficient is. */
 enum { BEYOND = 31, ENDS = BEYOND << 11, ENDS_AT_ONCE = ENDS | BEYOND << 6 };
-/* Up to here in a block the first of two symbols does not end it, but by saying so. */
+/* Below this position the first of two symbols ends the block only if it is the end-of-block symbol. */
 enum { PAIRS_UNTIL = 48, MOST_POSITIONS = 16 };
 _Static_assert(PAIRS_UNTIL - 1 + MOST_POSITIONS < 64, "the first of two symbols stays within the block");
 _Static_assert(LOOK < 64 && MOST_POSITIONS < (int)BEYOND && BEYOND < 32, "6 bits, 5 and 5: the fields of `pairs`");
@@ -147,7 +146,7 @@ static int read_huffman(Huffman *table, const uint8_t *source, int size, int is_
         table->offset[length] = next - (int)code;
         for (int i = 0; i < source[length - 1]; i++, code++, next++) {
             int bits, positions;
-            /* The code of ones alone is reserved (T.81 annex C), and libjpeg takes no DC symbol above 15. */
+            /* The code of only ones is reserved (T.81 annex C), and libjpeg accepts no DC symbol above 15. */
             if (code >= (1u << length) - 1u || (!is_ac && table->symbols[next] > 15))
                 return 0;
             if (length > LOOK)
@@ -178,7 +177,7 @@ static int read_huffman(Huffman *table, const uint8_t *source, int size, int is_
 typedef struct {
     const uint8_t *at; /* next byte for `bits` */
     uint64_t bits;     /* the first bit is the highest */
-    int count;         /* bits that count, at least; after `refill` REFILLED or more */
+    int count;         /* valid bits, at least; after `refill` REFILLED or more */
 } Bits;
 _Static_assert(REFILLED <= 64 - 8 + 1 && SYMBOL_BITS <= REFILLED, "one refill is enough for one symbol");
 
@@ -192,11 +191,11 @@ static inline __attribute__((always_inline)) void refill(Bits *b) {
 
 _Static_assert(SYMBOL_BITS < 64, "a symbol's bits survive the mask of the shift");
 static inline __attribute__((always_inline)) void skip(Bits *b, int32_t entry) {
-    b->bits <<= entry & 63; /* the shift instruction masks like this by itself: that saves one on the longest way */
+    b->bits <<= entry & 63; /* the shift instruction masks in the same way, so the compiler drops the mask */
     b->count -= entry & 255;
 }
 
-/* What `look` says of the symbol that `bits` begin with, for one that is not there; 0: no such symbol. */
+/* The entry, as in `look`, of the symbol that `bits` begin with, if `look` lacks it; 0: there is no such symbol. */
 static __attribute__((noinline)) int32_t look_long(uint64_t bits, const Huffman *table, int is_ac) {
     int length, symbol, value_bits, positions, value = 0;
     uint32_t code = bits >> 48, known = table->codes[bits >> (64 - LOOK)];
@@ -217,13 +216,13 @@ static __attribute__((noinline)) int32_t look_long(uint64_t bits, const Huffman 
     return (int32_t)((uint32_t)value << 16 | (uint32_t)positions << 8 | (uint32_t)(length + value_bits));
 }
 
-/* Coefficients of a block in natural order; [64] takes what lies behind the end. */
+/* Coefficients of a block in natural order; [64] receives what is past the end. */
 typedef struct {
     __attribute__((aligned(32))) int16_t at[64];
     int16_t behind[16];
 } Block;
 
-/* The next symbol's entry, its bits skipped; 0: damaged. */
+/* The entry of the next symbol, whose bits are skipped; 0: damaged. */
 static inline __attribute__((always_inline)) int32_t next(Bits *b, const Huffman *table, int is_ac) {
     int32_t entry = table->look[b->bits >> (64 - LOOK)];
     if (__builtin_expect(!entry, 0))
@@ -281,11 +280,11 @@ static inline __attribute__((always_inline)) int read_block(Bits *bits, const Hu
 
 /* ---- Inverse DCT ---- */
 
-/* Sums of coefficients that no encoder writes overflow before they are found out: they must wrap, so no sign. */
+/* Unsigned, so that sums of coefficients that no encoder writes wrap around: they are detected only later. */
 typedef uint32_t V8 __attribute__((vector_size(32)));
 typedef int32_t Signed8 __attribute__((vector_size(32)));
 
-static inline __attribute__((always_inline)) void clear(Block *block) { /* not memset: GCC makes a slow loop of it */
+static inline __attribute__((always_inline)) void clear(Block *block) { /* not memset: GCC turns it into a slow loop */
     for (int i = 0; i < 4; i++)
         _mm256_store_si256((__m256i *)block->at + i, _mm256_setzero_si256());
 }
@@ -340,10 +339,10 @@ static inline __attribute__((always_inline)) void idct_1d(V8 *r, int shift, int 
 /* Absolute values, or one less: those of a row of eight that are above a power of two less 1 show in a bitwise or. */
 static inline __attribute__((always_inline)) V8 size_of(V8 x) { return x ^ (V8)((Signed8)x >> 31); }
 
-/* Larger ones no encoder writes. libjpeg-turbo computes in 16 bits, and would no longer agree with the 32 bits here. */
+/* No encoder writes larger values. For those libjpeg-turbo (16 bits) would no longer agree with the 32 bits here. */
 enum { MOST = 8191, MOST_BETWEEN = 16383, MOST_FLAT = 4095 };
 
-/* 8 x 8 pixels of a block. Returns whether its coefficients are in bounds; else the pixels are of no use. */
+/* 8 x 8 pixels of a block. Returns whether its coefficients are in bounds; if not, the pixels are invalid. */
 static inline __attribute__((always_inline)) int idct(const int16_t *block, const int32_t *quantiser, uint8_t *out,
                                                       int stride) {
     V8 r[8], sizes = {0}, sizes_between = {0};
@@ -352,7 +351,7 @@ static inline __attribute__((always_inline)) int idct(const int16_t *block, cons
         r[i] = (V8)_mm256_cvtepi16_epi32(half) * (V8)_mm256_loadu_si256((const __m256i *)(quantiser + 8 * i));
         sizes |= size_of(r[i]);
     }
-    idct_1d(r, 11, 0); /* two bits more than the pixels' precision stay */
+    idct_1d(r, 11, 0); /* two bits more than the precision of pixels remain */
     for (int i = 0; i < 8; i++)
         sizes_between |= size_of(r[i]);
     transpose(r);
@@ -375,7 +374,7 @@ static inline __attribute__((always_inline)) int idct(const int16_t *block, cons
            _mm256_testz_si256((__m256i)sizes_between, _mm256_set1_epi32(~MOST_BETWEEN));
 }
 
-/* The same of a block without AC coefficients. */
+/* The same for a block without AC coefficients. */
 _Static_assert(4LL * 32768 * 255 + 16 <= INT32_MAX, "any coefficient times any quantiser");
 static inline __attribute__((always_inline)) int flat(int dc, uint8_t *out, int stride) {
     int pixel = ((4 * dc + 16) >> 5) + 128;
@@ -425,7 +424,7 @@ static int read_frame(Decoder *d, const uint8_t *p, int size) {
     d->height = word(p + 1);
     d->width = word(p + 3);
     int n = p[5];
-    /* Smaller ones are upsampled differently at their edges. */
+    /* Smaller images are upsampled differently at their edges. */
     if (d->height < 16 || d->width < 16 || (n != 1 && n != 3) || size != 6 + 3 * n)
         return 0;
     for (int i = 0; i < n; i++) {
@@ -460,7 +459,7 @@ static int read_scan(Decoder *d, const uint8_t *p, int size, int huffmans) {
     return 1;
 }
 
-/* Read all before the entropy-coded data; its beginning, or NULL. */
+/* Reads the headers. Returns where the entropy-coded data begin, or NULL. */
 static const uint8_t *read_headers(Decoder *d, const uint8_t *p, const uint8_t *end) {
     int huffmans = 0;
     d->ncomponents = 0;
@@ -486,8 +485,8 @@ static const uint8_t *read_headers(Decoder *d, const uint8_t *p, const uint8_t *
     return NULL;
 }
 
-/* Copy the entropy-coded data without the zero bytes stuffed behind 0xFF. Its size, or -1 where anything but the end of
- * the image follows it. */
+/* Copies the entropy-coded data without the zero bytes stuffed after 0xFF. Returns its size, or -1 if anything but the
+ * end of the image follows. */
 static ptrdiff_t unstuff(const uint8_t *p, const uint8_t *end, uint8_t *out) {
     uint8_t *begin = out;
     for (;;) {
@@ -508,7 +507,7 @@ static ptrdiff_t unstuff(const uint8_t *p, const uint8_t *end, uint8_t *out) {
 /* ---- Pixels ---- */
 
 /* A row of chroma at full width: columns first .. first + count - 1 of the plane, twice as many pixels. `near` is the
- * row in which the pixels lie, `far` the next nearest: T.871's centred samples, weighted 3 : 1 in both directions. */
+ * row that holds the pixels, `far` the next nearest: T.871's centred samples, weighted 3 : 1 in both directions. */
 _Static_assert(4 * (3 * 255 + 255) + 8 <= INT16_MAX, "weighted sums of 16 samples fit");
 static void upsample_2x2(const uint8_t *near, const uint8_t *far, int columns, int first, int count, int16_t *sums,
                          uint8_t *out) {
@@ -599,9 +598,9 @@ static int round_up(int x, int to) { return (x + to - 1) / to * to; }
 static int min(int a, int b) { return a < b ? a : b; }
 static int max(int a, int b) { return a > b ? a : b; }
 
-/* ---- All of it ---- */
+/* ---- The whole image ---- */
 
-/* Memory for an image of `size` bytes in the file: where its parts begin. */
+/* Allocates memory for an image whose file has `size` bytes, and sets where its parts begin. */
 static int make_room(Decoder *d, size_t size, int mcu_columns, int mcu_rows, uint8_t **stuffed, uint8_t **rows) {
     size_t need = size + BEHIND_DATA;
     for (int i = 0; i < d->ncomponents; i++) {
@@ -630,11 +629,11 @@ static int make_room(Decoder *d, size_t size, int mcu_columns, int mcu_rows, uin
     return 1;
 }
 
-/* Inverse transforms of the blocks that touch rows top .. bottom - 1 and columns left .. right - 1 of the image. */
+/* Inverse DCT of the blocks that touch rows top .. bottom - 1 and columns left .. right - 1 of the image. */
 _Static_assert(8 + 6 * 64 * SYMBOL_BITS / 8 + 2 * 8 <= BEHIND_DATA, "an MCU that begins after the end, and two words");
 static int read_planes(Decoder *d, const uint8_t *data, ptrdiff_t size, int mcu_columns, int mcu_rows, int top,
                        int bottom, int left, int right) {
-    Block blocks[6]; /* of one MCU; transformed after all are read, when the writes to them are over */
+    Block blocks[6]; /* of one MCU; transformed only after all are read, when the writes to them have completed */
     int kind[6];
     Bits bits = {data, 0, 0};
     int predicted[3] = {0, 0, 0};
@@ -673,7 +672,7 @@ static int read_planes(Decoder *d, const uint8_t *data, ptrdiff_t size, int mcu_
                 clear(&blocks[i]);
         }
     }
-    /* All bits of all bytes must have been used, but for the last byte's padding. */
+    /* All bits of all bytes must have been used, except the padding of the last byte. */
     ptrdiff_t left_over = 8 * (data + size - bits.at) + bits.count;
     return left_over >= 0 && left_over < 8;
 }
@@ -717,8 +716,8 @@ void jpeg_free(Decoder *d) {
     free(d);
 }
 
-/* Rows top .. top + height - 1, columns left .. left + width - 1 of a JPEG of full_height x full_width pixels (checked)
- * to `out`, RGB, `stride` bytes a row. Returns REFUSED for what is not a sound baseline JPEG of that size. */
+/* Writes rows top .. top + height - 1, columns left .. left + width - 1 of a JPEG to `out`, RGB, `stride` bytes per
+ * row. Returns REFUSED unless the file is a sound baseline JPEG of full_height x full_width pixels. */
 int jpeg_crop(Decoder *d, const uint8_t *data, size_t size, int full_height, int full_width, int top, int left,
               int height, int width, uint8_t *out, ptrdiff_t stride) {
     uint8_t *plain, *rows;

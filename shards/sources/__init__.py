@@ -1,4 +1,4 @@
-"""Collections of images as people have them: class folders, ImageNet's archives, IDX files, label lists.
+"""Where images come from: class folders, ImageNet's archives, IDX files, label lists, shards.
 
-In: a path. Out: the splits found there, each a list of images and labels in one fixed order.
+In: a path. Out: the splits found there, each with its images and labels in one fixed order.
 """

@@ -1,7 +1,7 @@
 """Images in folders: SOURCE/train/CLASS/*, SOURCE/val/CLASS/*, SOURCE/CLASS/*, or flat folders with labels.
 
-In: a folder. Out: one `Items` per split, with images in an order that depends on the names alone. What is left out is
-said in a note; what cannot be told apart is an error.
+In: a folder. Out: one `Items` per split; the order of images depends on their names only. Notes say what is left out;
+what is ambiguous is an error.
 """
 
 import collections
@@ -11,13 +11,13 @@ import os
 from shards.errors import InputError, nearest
 from shards.sources import ilsvrc
 from shards.sources.items import Items, Rows
-from shards.sources.labels import ClassNumbers, Labels
+from shards.sources.labels import Labels, NameTable
 from shards.sources.spellings import composed, is_filler, is_image, is_stray, split_of, split_word
 
 
 @dataclasses.dataclass
 class _Listing:
-    """What lies in the folder of a split, sorted."""
+    """What is in the folder of a split, sorted."""
 
     root: str
     folders: dict[str, list[str]]  # images by class folder, relative to it
@@ -26,11 +26,11 @@ class _Listing:
 
 
 def split_folders(source: str, labels: str = "") -> dict[str, list[str]]:
-    """Folders of `source` that are splits, by split. Empty: its folders, if any, are classes."""
+    """Names of the folders in `source` that are splits, by split. Empty: its folders, if any, are classes."""
     folders = [entry.name for entry in _scan(source) if entry.is_dir()]
     found = _by_split(folders, split_of)
     if not found:
-        # seg_train and seg_test: only where such folders hold folders, as a class seldom does.
+        # seg_train and seg_test: only if such folders hold folders, as a class seldom does.
         deep = [name for name in folders if split_word(name) and _holds_folders(os.path.join(source, name))]
         found = _by_split(deep, split_word)
         return found if "train" in found and len(found) > 1 else {}
@@ -38,7 +38,7 @@ def split_folders(source: str, labels: str = "") -> dict[str, list[str]]:
     if len(named) == 1 and not labels and not _holds_folders(os.path.join(source, named[0])):
         others = [os.path.join(source, name) for name in folders if name not in named]
         if any(entry.is_file() and is_image(entry.name) for other in others for entry in _scan(other)):
-            return {}  # a class called train, beside bus and bicycle
+            return {}  # train is a class, like bus and bicycle
     return found
 
 
@@ -53,10 +53,12 @@ def _by_split(names: list[str], split_by) -> dict[str, list[str]]:
 def find_in_folders(source: str, split: str, labels: str) -> list[Items]:
     """Splits in `source`, or its class folders as one split.
 
-    `split`: name of the only split, or the one to be packed of several. `labels`: of images in no class folder.
+    Args:
+        split: name of the only split, or the one of several that is to be packed.
+        labels: file with the labels of images that are in no class folder.
 
     Raises:
-        InputError: no images, labels missing, or something that would be packed wrongly.
+        InputError: there are no images, labels are missing, or something is ambiguous.
     """
     places = ilsvrc.label_folders(source)
     roots = _choose(source, split, labels)
@@ -65,7 +67,7 @@ def find_in_folders(source: str, split: str, labels: str) -> list[Items]:
         root = _descend(root, name, next(iter(listed.values())).folders if listed else {})
         listed[name] = _list(root)
     if labels and not any(listing.flat and not listing.folders for listing in listed.values()):
-        for listing in listed.values():  # folders that are no classes: the labels say those
+        for listing in listed.values():  # the labels say the classes: these folders are not classes
             listing.flat += [f"{folder}/{file}" for folder, files in listing.folders.items() for file in files]
             listing.folders = {}
     found: list[tuple] = []
@@ -88,7 +90,7 @@ def find_in_folders(source: str, split: str, labels: str) -> list[Items]:
 
 
 def _choose(source: str, split: str, labels: str) -> dict[str, str]:
-    """Folder of each split that is packed. Says what is not."""
+    """Folder of each split that is packed. Prints which folders are not."""
     found = split_folders(source, labels)
     if not found:
         return {split or "train": source}
@@ -100,14 +102,14 @@ def _choose(source: str, split: str, labels: str) -> dict[str, str]:
     elif serves and (labels or wanted or not _is_flat(os.path.join(source, found["test"][0]))):
         chosen.append("val")
         found["val"] = found.pop("test")
-        print(f"note: {source}/{found['val'][0]} serves as the validation split, for there is no other")
+        print(f"note: {source}/{found['val'][0]} serves as the validation split: there is no other")
     if not chosen:
         raise InputError(f"{source} holds no split {split!r}, but {', '.join(sorted(found))}")
     for name in chosen:
         if len(found[name]) > 1:
             raise InputError(
-                f"{source} holds both {found[name][0]} and {found[name][1]} for the split {name!r}; put them together, "
-                f"or pack one with --split {name} and its own path"
+                f"{source} holds both {found[name][0]} and {found[name][1]} for the split {name!r}; join them, or pack "
+                f"one of them with --split {name} and its own path"
             )
     taken = {found[name][0] for name in chosen}
     if not split:
@@ -118,7 +120,7 @@ def _choose(source: str, split: str, labels: str) -> dict[str, str]:
 
 
 def _descend(root: str, split: str, classes: dict[str, list[str]]) -> str:
-    """The folder in which the classes of a split lie: below seg_train/seg_train/CLASS or val/images/*."""
+    """The folder that holds the classes of a split, as in seg_train/seg_train/CLASS or val/images/*."""
     while (inner := only_folder(root)) and os.path.basename(inner) not in classes:
         name = os.path.basename(inner)
         if not (split_of(name) == split or split_word(name) == split or is_filler(name) or holds_classes(inner)):
@@ -128,7 +130,7 @@ def _descend(root: str, split: str, classes: dict[str, list[str]]) -> str:
 
 
 def only_folder(folder: str) -> str:
-    """The only folder with images in it in a folder without images of its own, or an empty string."""
+    """In a folder without images of its own: its only folder with images. Else an empty string."""
     full = []
     for entry in _scan(folder):
         if entry.is_dir():
@@ -141,7 +143,7 @@ def only_folder(folder: str) -> str:
 
 
 def holds_classes(folder: str) -> bool:
-    """Whether a folder holds two folders with images, and no images of its own."""
+    """Whether a folder holds two folders with images, or more, and no images of its own."""
     entries = _scan(folder)
     full = (entry for entry in entries if entry.is_dir() and _holds_images(entry.path))
     return not any(e.is_file() and is_image(e.name) for e in entries) and next(full, next(full, None)) is not None
@@ -152,13 +154,13 @@ def _holds_folders(folder: str) -> bool:
 
 
 def _is_flat(folder: str) -> bool:
-    """Whether images lie in no class folder."""
+    """Whether a folder holds images without class folders."""
     inner = only_folder(folder)
     return not _holds_folders(folder) or bool(inner and is_filler(os.path.basename(inner)) and _is_flat(inner))
 
 
 def _holds_images(folder: str, above: tuple = ()) -> bool:
-    """Whether an image lies anywhere below a folder."""
+    """Whether there is an image anywhere below a folder."""
     above = _enter(folder, above)
     return any(_holds_images(entry.path, above) if entry.is_dir() else is_image(entry.name) for entry in _scan(folder))
 
@@ -183,7 +185,7 @@ def _list(root: str) -> _Listing:
             )
     elif listing.flat:
         print(
-            f"note: {len(listing.flat):,} images of {root} lie in no class folder and are left out: {listing.flat[0]}"
+            f"note: {len(listing.flat):,} images of {root} are in no class folder and are left out: {listing.flat[0]}"
         )
     return listing
 
@@ -201,23 +203,23 @@ def _images_below(folder: str, others: collections.Counter, above: tuple) -> lis
 
 
 def _sort_in(entry: os.DirEntry, images: list[str], others: collections.Counter) -> None:
-    if is_image(entry.name) and entry.is_file():  # a pipe would never end
+    if is_image(entry.name) and entry.is_file():  # not a pipe, which would never end
         images.append(entry.name)
     else:
         others[os.path.splitext(entry.name)[1].lower() or entry.name] += 1
 
 
 def _enter(folder: str, above: tuple) -> tuple:
-    """`above`, the folders that lead to this one, and this one. Raises InputError where links lead in a circle."""
+    """`above`, the folders that contain this one, and this one. Raises InputError if links form a circle."""
     status = os.stat(folder)
     here = status.st_dev, status.st_ino
     if here in above:
-        raise InputError(f"{folder} is a link to a folder that it lies in itself; remove it")
+        raise InputError(f"{folder} is a link to a folder that contains it; remove it")
     return *above, here
 
 
 def _scan(folder: str) -> list[os.DirEntry]:
-    """Entries that are not stray, sorted by the bytes of their names, in which WordNet ids are in order too."""
+    """Entries that are not stray, sorted by the bytes of their names."""
     with os.scandir(folder) as entries:
         found = sorted((e for e in entries if not is_stray(e.name)), key=lambda e: os.fsencode(e.name))
     for entry in found:
@@ -233,14 +235,14 @@ def _scan(folder: str) -> list[os.DirEntry]:
 
 
 def _class_names(listing: _Listing) -> list[str]:
-    """Names of the class folders, sorted. Raises InputError where two are one name in two Unicode forms."""
+    """Names of the class folders, sorted. Raises InputError if two are one name in two Unicode forms."""
     names = sorted(listing.folders, key=os.fsencode)
     known: dict[str, str] = {}
     for name in names:
         if composed(name) in known:
             raise InputError(
-                f"two class folders of {listing.root} have one name, {name}, in two forms of Unicode; put their images "
-                "into one"
+                f"two class folders of {listing.root} have one name, {name}, in two forms of Unicode; move their "
+                "images into one"
             )
         known[composed(name)] = name
     return sorted(known, key=os.fsencode)
@@ -256,8 +258,8 @@ def _check_full(listing: _Listing) -> None:
 
 
 def _add_folders(rows: Rows, listing: _Listing, classes: list[str], first: str) -> None:
-    """All images of a split with class folders. `first`: the split that gives the classes, for the message."""
-    known = ClassNumbers(classes)
+    """Add all images of a split with class folders. `first`: the split that gives the classes, for the message."""
+    known = NameTable(classes)
     numbered: dict[int, str] = {}
     for folder in listing.folders:
         number = known.find(folder)
@@ -274,7 +276,7 @@ def _add_folders(rows: Rows, listing: _Listing, classes: list[str], first: str) 
 
 
 def _labels_of(listing: _Listing, split: str, labels: str, places: list[str]) -> Labels:
-    """Labels of images in no class folder."""
+    """Labels of images that are in no class folder."""
     folders = [listing.root, os.path.dirname(listing.root), *places]
     labels = labels or ("" if split == "train" else ilsvrc.find_labels(folders))
     known = ilsvrc.read_labels(labels, listing.flat) if labels else ilsvrc.labels_in_names(listing.flat)

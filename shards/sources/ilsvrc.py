@@ -1,8 +1,8 @@
 """ImageNet (ILSVRC2012) as it is distributed: its archives, its devkit, its lists of labels and words.
 
-In: ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, ILSVRC2012_devkit_t12.tar.gz or Kaggle's files. Out: rows of
-images, the class of each validation image. Classes are numbered by sorted WordNet id, as in every published model; the
-devkit's own numbers differ. Nothing is unpacked here, and of an archive only headers are read.
+In: ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, ILSVRC2012_devkit_t12.tar.gz or Kaggle's files. Out: `Items`
+of the archives, and the labels of validation images. Classes are numbered by sorted WordNet id, as in every
+published model; the devkit's own numbers differ. Nothing is unpacked; of an archive only headers are read.
 """
 
 import concurrent.futures
@@ -20,7 +20,7 @@ from shards.sources.labels import WNID, Labels, read_table
 from shards.sources.mat import load_mat
 from shards.sources.spellings import is_image, is_stray, split_of
 
-# Where Kaggle's copy of ImageNet keeps train and val; LOC_val_solution.csv lies beside the first of these folders.
+# Where Kaggle's copy of ImageNet has train and val. LOC_val_solution.csv is beside the first folder of the path.
 KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
 _LABEL_SOURCES = (
     "ILSVRC2012_devkit_t12.tar.gz",
@@ -35,9 +35,9 @@ _META = "data/meta.mat"
 _TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 _IMAGE_NUMBER = re.compile(r"_(\d{8})(?:_n\d{8})?\.[^.]+$")
 _WNID_IN_NAME = re.compile(r"(?:^|/)(n\d{8})_[^/]*$|_(n\d{8})\.[^./]+$")
-_PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z")  # compressed: no image in it can be read where it lies
-_SCAN_THREADS = 16  # header reads wait for the disk or the network, not for the processor
-_PEEKED = 8  # members of a tar that are looked at, for whether it is an archive or a shard
+_PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z")  # compressed: images cannot be read in place
+_SCAN_THREADS = 16  # reading headers waits for the disk or the network, not for the processor
+_PEEKED = 8  # members of a tar that tell whether it is an archive or a shard
 
 
 def are_wnids(classes: list[str]) -> bool:
@@ -49,7 +49,7 @@ def are_wnids(classes: list[str]) -> bool:
 
 
 def label_folders(folder: str) -> list[str]:
-    """Where labels and words may lie: in the folder, and above the one where Kaggle's copy keeps the images."""
+    """Where labels and words may be: in the folder, and above that in which Kaggle's copy has the images."""
     found = [folder]
     path = os.path.abspath(folder)
     for tail in KAGGLE_FOLDERS:
@@ -69,7 +69,7 @@ def find_labels(folders: list[str]) -> str:
 
 
 def synset_words(folders: list[str], labels: str) -> dict[str, str]:
-    """Words by WordNet id, from synset_words.txt, LOC_synset_mapping.txt, words.txt or the devkit (`labels`)."""
+    """Names of classes by WordNet id, from a file of words in `folders`, or from the devkit, if `labels` is that."""
     for path in (os.path.join(folder, name) for folder in folders for name in _WORD_FILES):
         if os.path.isfile(path):
             with open(path, encoding="utf-8-sig", errors="replace") as file:
@@ -94,12 +94,12 @@ def read_labels(path: str, images: list[str]) -> Labels:
 
 
 def labels_in_names(images: list[str]) -> Labels | None:
-    """Labels from names with a WordNet id in them, as n01440764_36.JPEG; None: not all have one."""
+    """Labels from the WordNet ids in names such as n01440764_36.JPEG; None: not all names have one."""
     found = [_WNID_IN_NAME.search(image) for image in images]
     if not images or not all(found):
         return None
     values = [match[1] or match[2] for match in found]
-    print(f"note: the names of {len(images):,} images say their classes, such as {images[0]}")
+    print(f"note: the names of {len(images):,} images contain their classes, such as {images[0]}")
     return Labels("their names", values, sorted(set(values)))
 
 
@@ -123,7 +123,7 @@ def _synsets(path: str) -> dict[int, tuple[str, str]]:
     """WordNet id and words of the devkit's classes, by its own numbers."""
     synsets = load_mat(_devkit_file(path, _META), f"{path}:{_META}").get("synsets")
     try:
-        # Inner nodes of the tree (num_children > 0) are classes of no image.
+        # Inner nodes of the tree (num_children > 0) have no images.
         leaves = [s for s in synsets if int(s["num_children"].item()) == 0]
         return {int(s["ILSVRC2012_ID"].item()): (s["WNID"], s["words"]) for s in leaves}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -131,7 +131,7 @@ def _synsets(path: str) -> dict[int, tuple[str, str]]:
 
 
 def _devkit_file(path: str, name: str) -> bytes:
-    """A file of the devkit, which is a folder or an archive. Nothing is unpacked to disk."""
+    """The bytes of a file of the devkit, which is a folder or an archive."""
     try:
         if os.path.isdir(path):
             with open(os.path.join(path, name), "rb") as file:
@@ -151,7 +151,7 @@ def _devkit_file(path: str, name: str) -> bytes:
 
 
 def find_archives(folder: str) -> dict[str, str]:
-    """Paths of the archives of train and val in a folder, under whatever spelling of their names.
+    """Paths of the archives of train and val in a folder, by split; their names may be spelled differently.
 
     Raises:
         InputError: two for one split, or one that is compressed.
@@ -160,11 +160,11 @@ def find_archives(folder: str) -> dict[str, str]:
     for name in sorted(os.listdir(folder)):
         stem, dot, endings = name.partition(".tar")
         split, path = split_of(stem), os.path.join(folder, name)
-        # With a number at the end it is one of many, as shards are.
+        # A number at the end means one of many, as shards are.
         if not dot or is_stray(name) or split not in ("train", "val") or stem[-1:].isdigit():
             continue
         if endings in _PACKED:
-            raise InputError(f"{path} is compressed, so that no image can be read where it lies; unpack it to a .tar")
+            raise InputError(f"{path} is compressed, so that no image can be read in place; unpack it to a .tar")
         if endings or not ("ilsvrc" in stem.lower() or _is_archive(path)):
             continue
         if split in found:
@@ -174,7 +174,7 @@ def find_archives(folder: str) -> dict[str, str]:
 
 
 def _is_archive(path: str) -> bool:
-    """Whether a tar begins with images alone, or with class tars alone: shards hold labels beside their images."""
+    """Whether a tar begins with images only, or with class tars only: shards also hold labels."""
     names = []
     with open(path, "rb") as file:
         try:
@@ -193,7 +193,7 @@ def compressed(folder: str) -> str:
 
 
 def read_archives(archives: dict[str, str], labels: str) -> list[Items]:
-    """The archives as ImageNet distributes them: train is a tar of class tars, val a tar of images."""
+    """The splits in archives as ImageNet distributes them: train is a tar of class tars, val a tar of images."""
     folder = os.path.dirname(next(iter(archives.values()))) or "."
     labels = labels or find_labels([folder])
     words = synset_words([folder], labels)
@@ -230,7 +230,7 @@ def _labels_of(archive: str, names: list[str], labels: str) -> Labels:
         raise InputError(f"{archive} holds neither images nor class tars")
     known = read_labels(labels, names) if labels else labels_in_names(names)
     if known is None and all("/" in name.removeprefix("./") for name in names):
-        raise InputError(f"{archive} holds folders of images: unpack it (tar xf), and pack the folder that comes out")
+        raise InputError(f"{archive} holds folders of images: unpack it (tar xf), and pack the resulting folder")
     if known is None:
         raise InputError(
             f"{archive} holds images without classes: give their labels with --labels ILSVRC2012_devkit_t12.tar.gz "
@@ -245,22 +245,16 @@ def _by_label_and_name(row: tuple) -> tuple[int, str]:
 
 
 def _tar_members(path: str) -> list:
-    """Members of one of the archives. It must end as tar ends it: a download may stop between two members."""
-    size = os.path.getsize(path)
+    """Members of one of the archives."""
     with open(path, "rb") as file:
         try:
-            members = list(tar.members(tar.file_read(file), size))
+            return list(tar.members(tar.file_read(file), os.path.getsize(path)))
         except tar.TarError as error:
             raise InputError(f"{path} is not a whole tar: {error}") from None
-        last = members[-1] if members else None
-        end = last.offset + (last.size + tar.BLOCK - 1) // tar.BLOCK * tar.BLOCK if last else 0
-        if os.pread(file.fileno(), tar.BLOCK, end) != bytes(tar.BLOCK):
-            raise InputError(f"{path} is not a whole tar: it ends after {len(members)} files without an end mark")
-    return members
 
 
 def _class_tars(archive: str, members: list, rows: Rows) -> list[str]:
-    """Index the class tars inside an archive where they lie: a read of each header, none of the images."""
+    """Add the images of the class tars in an archive; the classes. Of each image only the header is read."""
     tars = sorted((m for m in members if m.name.endswith(".tar")), key=lambda m: os.fsencode(os.path.basename(m.name)))
     classes = [os.path.basename(m.name).removesuffix(".tar") for m in tars]
 
@@ -272,7 +266,7 @@ def _class_tars(archive: str, members: list, rows: Rows) -> list[str]:
                 raise InputError(f"{inner.name} in {archive} is not a whole tar: {error}") from None
         listed = [m for m in listed if is_image(m.name)]
         if not listed:
-            raise InputError(f"the class {inner.name} in {archive} holds no images; take it out, or fetch it again")
+            raise InputError(f"the class {inner.name} in {archive} holds no images; remove it, or download it again")
         return sorted(listed, key=lambda m: os.fsencode(m.name))
 
     with concurrent.futures.ThreadPoolExecutor(_SCAN_THREADS) as pool:

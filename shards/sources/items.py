@@ -1,7 +1,7 @@
-"""The images of one split of a source, as flat arrays: where each one's bytes are, its label and its name.
+"""The images of one split of a source, as flat arrays: where the bytes of each are, its label and its name.
 
-In: rows added one by one by shards.sources. Out: `Items`, 32 bytes an image and its name, saved to two files that all
-packing processes map into memory; `Reader`, which reads the bytes of any image.
+In: rows, one per image. Out: `Items` (32 bytes per image, and its name), saved to two files that all packing processes
+map into memory; `SourceReader`, which reads the bytes of any image.
 """
 
 import array
@@ -20,7 +20,7 @@ from shards.read.images import BadImage
 ROW = np.dtype([("label", "<i4"), ("file", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("name", "<i8")])
 WHOLE_FILE = -1  # `offset` of an image that is a file of its own: files[file]/name
 MAX_FILE_BYTES = 1 << 26  # an image file larger than this is refused unread; the read-ahead holds a few of them
-_OPEN_FILES = 64  # archives that a Reader keeps open
+_OPEN_FILES = 64  # archives that a SourceReader keeps open
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Items:
     table: np.ndarray  # ROW (n,); `name` is where the name starts in `names`
     names: np.ndarray  # uint8: all names, each ended by a zero byte
     classes: tuple[str, ...]
-    wnids: tuple[str, ...] = ()  # WordNet ids of the classes, where known
+    wnids: tuple[str, ...] = ()  # WordNet ids of the classes, if known
     pixels: tuple[int, ...] | None = None  # (height, width) or (height, width, 3) of bare pixels; None: image files
-    mean: str = ""  # file of the mean image, where it is known already
+    mean: str = ""  # file of the mean image, if the source has one
     gzipped: bool = False  # files[0] must be unpacked before images can be read from it
-    left_out: dict[str, int] = dataclasses.field(default_factory=dict)  # numbers of other files, by their endings
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)  # number of other files by ending
 
     def name(self, row: int) -> str:
         """Name of an image in its source, for messages."""
@@ -47,7 +47,7 @@ class Items:
         return os.fsdecode(self.names[start:stop].tobytes())
 
     def digest(self) -> str:
-        """The same for the same images in the same order, wherever the source is mounted."""
+        """Hex digest that is the same for the same images in the same order, wherever the source is mounted."""
         sha = hashlib.sha256(repr((self.split, [os.path.basename(f) for f in self.files], self.pixels)).encode())
         for part in (self.table, self.names):
             sha.update(np.ascontiguousarray(part).view(np.uint8))
@@ -62,7 +62,7 @@ class Rows:
         self._names = bytearray()
 
     def add(self, name: str, label: int, file: int = 0, offset: int = WHOLE_FILE, size: int = 0) -> None:
-        """One image. `size` may be 0 for a WHOLE_FILE."""
+        """Add an image. `size` may be 0 for a WHOLE_FILE."""
         for column, value in zip(ROW.names, (label, file, offset, size, len(self._names)), strict=True):
             self._columns[column].append(value)
         self._names += os.fsencode(name) + b"\0"
@@ -84,7 +84,7 @@ class Rows:
 
 
 def table_paths(folder: str, split: str) -> tuple[str, str]:
-    """Where save_table keeps the rows and the names of a split."""
+    """Paths of the files of save_table: rows and names of a split."""
     return os.path.join(folder, f"{split}.items.npy"), os.path.join(folder, f"{split}.names.npy")
 
 
@@ -105,7 +105,7 @@ def without_table(items: Items) -> Items:
     return dataclasses.replace(items, table=np.empty(0, ROW), names=np.empty(0, np.uint8))
 
 
-class Reader:
+class SourceReader:
     """Reads the bytes of single images; safe for several threads at once."""
 
     def __init__(self, items: Items):
@@ -138,8 +138,8 @@ class Reader:
                 data = os.pread(self._descriptor(file), size, offset)
         except OSError as error:
             raise InputError(
-                f"cannot read {path}: {os.strerror(error.errno or errno.EIO)}; mend it, then the same command carries "
-                "on with the shards that are finished",
+                f"cannot read {path}: {os.strerror(error.errno or errno.EIO)}; finished shards are kept, and the same "
+                "command carries on",
                 everywhere=False,
             ) from None
         if len(data) != size:
@@ -151,7 +151,7 @@ class Reader:
             descriptor = self._open.get(file)
             if descriptor is None:
                 if len(self._open) >= _OPEN_FILES:
-                    # Another thread may be reading from the oldest: it is closed a generation later.
+                    # Another thread may be reading from the oldest one, so that is closed only later.
                     while len(self._retired) >= _OPEN_FILES:
                         os.close(self._retired.pop(0))
                     self._retired.append(self._open.popitem(last=False)[1])

@@ -1,6 +1,6 @@
-"""Labels of images that lie in no class folder, from a table of names and classes in any of the usual forms.
+"""Labels of images that are in no class folder, from a table of names and classes in any of the usual forms.
 
-In: a text file and the names of the images. Out: the class of each, and all classes in the order of their numbers.
+In: a text file and the names of the images. Out: the class of each image, and all classes, ordered by number.
 """
 
 import csv
@@ -8,13 +8,13 @@ import dataclasses
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from shards.errors import InputError, nearest
 from shards.sources.spellings import composed
 
 WNID = re.compile(r"n\d{8}")
-_MAX_COLUMNS = 8  # of a table that are looked through for names of images
+_MAX_COLUMNS = 8  # of a table that are searched for names of images
 
 
 @dataclasses.dataclass
@@ -31,7 +31,7 @@ class Labels:
         Raises:
             InputError: a class that is not among them.
         """
-        number_of = ClassNumbers(classes)
+        number_of = NameTable(classes)
         found = []
         for image, value in zip(images, self.values, strict=True):
             number = number_of.find(value)
@@ -46,33 +46,38 @@ class Labels:
         return found
 
 
-class ClassNumbers:
-    """Numbers of classes by their names, in whatever Unicode form and, where that is enough, in whatever case."""
+class NameTable:
+    """Numbers by names, found in whatever Unicode form and, where that is not ambiguous, in whatever case."""
 
-    def __init__(self, classes: list[str]):
-        self._exact = {composed(name): number for number, name in enumerate(classes)}
+    def __init__(self, names: Iterable[str] = ()):
+        self._exact: dict[str, int | None] = {}  # None: the name of several
         self._folded: dict[str, int | None] = {}
-        for name, number in self._exact.items():
-            folded = name.casefold()
-            self._folded[folded] = None if folded in self._folded else number
+        for number, name in enumerate(names):
+            self.add(name, number)
+
+    def add(self, name: str, number: int) -> None:
+        """Give a number another name."""
+        name = composed(name)
+        for table, key in ((self._exact, name), (self._folded, name.casefold())):
+            table[key] = number if table.get(key, number) == number else None
 
     def find(self, name: str) -> int | None:
-        """Number of a class, or None."""
+        """The number of this name, or None."""
         name = composed(name)
         return self._exact.get(name, self._folded.get(name.casefold()))
 
 
 def read_table(path: str, images: list[str]) -> Labels:
-    """Labels from a text file with a line per image that holds its name, with or without ending, and its class.
+    """Labels from a text file with one line per image: its name, with or without ending, and its class.
 
-    Columns are separated by tabs, semicolons, commas, bars or blanks; whichever gives the most names of images does.
-    A class is a name, a WordNet id or a number in sorted order. A header is a first line that names no image.
+    Columns are separated by tabs, semicolons, commas, bars or blanks: by that which gives the most names of images.
+    A class is a name, a WordNet id, or a number in sorted order. A first line that names no image is a header.
 
     Raises:
-        InputError: not such a file, or an image that it does not name.
+        InputError: the file cannot be read as such a table, or lacks an image.
     """
     rows, column = _best_reading(path, images)
-    known = _Names(images)
+    known = _Images(images)
     after = column + 1 if all(len(row) > column + 1 for row in rows) else column - 1
     values = [_class(row[after]) for row in rows]
     found = [known.find(row[column]) for row in rows]
@@ -89,7 +94,7 @@ def read_table(path: str, images: list[str]) -> Labels:
     if lacking:
         raise InputError(
             f"{path} has no label for {lacking[0]}, one of {len(lacking):,} of {len(images):,} images; add them, or "
-            "take the images out"
+            "remove the images"
         )
     if column:
         print(f"note: column {column + 1} of {path} names the images, column {after + 1} their classes")
@@ -100,7 +105,7 @@ def read_table(path: str, images: list[str]) -> Labels:
 
 
 def _class(text: str) -> str:
-    """A class as written: what follows a WordNet id, as in Kaggle's LOC_val_solution.csv, is dropped."""
+    """A class as the table has it, without what follows a WordNet id (as in Kaggle's LOC_val_solution.csv)."""
     text = composed(" ".join(text.split()))
     first = text.partition(" ")[0]
     return first if WNID.fullmatch(first) else text
@@ -118,8 +123,8 @@ def _classes(path: str, values: list[str]) -> list[str]:
 
 
 def _best_reading(path: str, images: list[str]) -> tuple[list[list[str]], int]:
-    """Rows of a table, all with two columns or more, and the column in which the names of images stand."""
-    known, best = _Names(images), (0, 0, [])
+    """Rows of a table, all with two columns or more, and the column that holds the names of images."""
+    known, best = _Images(images), (0, 0, [])
     text = _read_text(path)
     try:
         for rows in _readings(text):
@@ -152,7 +157,7 @@ def _readings(text: str) -> Iterator[list[list[str]]]:
 
 
 def _first_number(text: str) -> str:
-    """Among blanks a number is a column of its own, and the words of a name are one."""
+    """Of columns separated by blanks: a number is one column, and all words of a name are one."""
     first = text.split()[0]
     return first if first.isdigit() else text
 
@@ -168,29 +173,24 @@ def _read_text(path: str) -> str:
     return data.decode("utf-8-sig", "surrogateescape")  # as file names that are not UTF-8 are read
 
 
-class _Names:
+class _Images:
     """Finds images by what a table calls them: with folders or without, with their ending or without."""
 
     def __init__(self, images: list[str]):
-        self._found: dict[str, int | None] = {}
-        self._folded: dict[str, int | None] = {}
+        self._numbers = NameTable()
         for number, image in enumerate(images):
-            name = composed(image)
-            for key in {name, _stem(name), os.path.basename(name), _stem(os.path.basename(name))}:
-                for table, entry in ((self._found, key), (self._folded, key.casefold())):
-                    table[entry] = number if table.get(entry, number) == number else None  # None: more than one
+            for name in {image, _stem(image), os.path.basename(image), _stem(os.path.basename(image))}:
+                self._numbers.add(name, number)
 
     def find(self, name: str) -> int | None:
         """Number of an image, or None."""
-        name = composed(name.strip().replace("\\", "/"))
-        while True:
+        name = name.strip().replace("\\", "/")
+        while name:
             for key in (name, _stem(name)):
-                number = self._found.get(key, self._folded.get(key.casefold()))
-                if number is not None:
+                if (number := self._numbers.find(key)) is not None:
                     return number
-            _, slash, name = name.partition("/")
-            if not slash:
-                return None
+            name = name.partition("/")[2]
+        return None
 
 
 def _stem(name: str) -> str:

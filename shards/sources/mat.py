@@ -1,7 +1,7 @@
 """Reads MATLAB version 5 files (.mat): numbers, text, structures and cells, which is what ILSVRC's meta.mat holds.
 
-In: the bytes of a file. Out: its variables: arrays (column-major order flattened to a list of values for structures
-and cells, shaped for numbers), text as str. Our own reader: SciPy would be 35 MB for this one file.
+In: the bytes of a file. Out: its variables: numbers as arrays, text as str, cells and structures as flat lists in
+column-major order. Our own reader: SciPy would be 35 MB for this one file.
 """
 
 import struct
@@ -24,7 +24,7 @@ def load_mat(data: bytes, path: str) -> dict:
     """Variables of a .mat file by name. A structure array is a list of dicts, a cell array a list.
 
     Raises:
-        InputError: not a version 5 file, damaged, or with contents of another kind; `path` is for the message.
+        InputError: it is not a version 5 file, is damaged, or has contents of another kind; `path` is for the message.
     """
     order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
     if order is None or len(data) < 136:

@@ -1,12 +1,12 @@
-"""Names as people and their machines write them: of splits, of stray files, of the same thing in two spellings.
+"""Spellings of names: which split a name means, which files nobody meant to be there, Unicode forms.
 
-In: the name of a file or a folder. Out: the split that it says ("train", "val" or "test"), or whether it is stray.
+In: the name of a file or a folder. Out: the split that it names ("train", "val" or "test"), or whether it is stray.
 """
 
 import re
 import unicodedata
 
-# Files with other endings in a class folder are left out, and counted.
+# Files with other endings are left out, and counted.
 IMAGE_ENDINGS = tuple(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .ppm .pgm .pbm .pnm .tif .tiff".split())
 
 _SPLITS = {
@@ -28,7 +28,7 @@ _STRAY = {
 
 
 def is_stray(path: str) -> bool:
-    """Whether any part of a path is a file or folder that nobody put there: `.DS_Store`, `__MACOSX/x.jpg`."""
+    """Whether any part of a path is a hidden file or one that a system made: `.DS_Store`, `__MACOSX/x.jpg`."""
     return any((part.startswith(".") and part not in (".", "..")) or part.lower() in _STRAY for part in path.split("/"))
 
 
@@ -38,22 +38,22 @@ def is_image(name: str) -> bool:
 
 
 def split_of(name: str) -> str:
-    """The split that a name says and nothing besides: `Train`, `training_set`, `val_images`, `ILSVRC2012_img_val`.
+    """The split, if a name means nothing else: `Train`, `training_set`, `val_images`, `ILSVRC2012_img_val`.
 
-    Empty for others, such as `freight_train`.
+    Empty for other names, such as `freight_train`.
     """
     found = _SPLIT.fullmatch(_letters(name))
     return SPLIT_WORDS[found[1]] if found else ""
 
 
 def split_word(name: str) -> str:
-    """The split that the last word of a name to say one says: `seg_train`, `imagenet-val-0001`. Empty: none does."""
+    """The split named by the last word that names one: `seg_train`, `imagenet-val-0001`. Empty: no word does."""
     found = [split for word in re.split(r"[\W\d_]+", name) if (split := split_of(word))]
     return found[-1] if found else ""
 
 
 def is_filler(name: str) -> bool:
-    """Whether a name says nothing: `images`, `JPEGImages`, `data`."""
+    """Whether a name tells nothing: `images`, `JPEGImages`, `data`."""
     return bool(_FILLER.fullmatch(_letters(name)))
 
 

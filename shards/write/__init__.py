@@ -1,4 +1,4 @@
-"""Writing shards: images resized and encoded by several processes or ranks, the same bytes for any number of them.
+"""Packing: from the images of a source to shards, by any number of processes, to the same bytes.
 
-In: images and labels of `shards.sources`. Out: tar shards, their .idx files, the mean image.
+In: `Items` of shards.sources and `Options`. Out: tars, .idx files, `<split>.json`, labels, CRC-32s, mean.npy.
 """

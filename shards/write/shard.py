@@ -1,7 +1,7 @@
 """Writes one shard: reads its images ahead, decodes, fits and encodes them, writes tar and index, sums up the mean.
 
-In: a `Job`, the number of the shard. Out: DEST/<split>-000000.tar and .idx under their final names only when whole,
-and a record of them in DEST/.pack. The bytes depend on the job alone: any process on any machine writes the same.
+In: a `Packing` and the number of the shard. Out: DEST/<split>-000000.tar and .idx, renamed to these names when whole,
+and a `ShardRecord` in DEST/.pack. The bytes depend on the `Packing` only: any process on any machine writes the same.
 """
 
 import collections
@@ -9,47 +9,70 @@ import concurrent.futures
 import dataclasses
 import errno
 import hashlib
-import io
 import json
 import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from shards.errors import InputError
-from shards.format.split import Member, format_idx, idx_path
+from shards.format.split import Member, format_idx, idx_path, npy_bytes
+from shards.format.tar import BLOCK
 from shards.machine.files import sync_folder, write_whole
 from shards.read import images
 from shards.read.images import BadImage
-from shards.sources.items import Items, Reader, load_table
+from shards.sources.items import Items, SourceReader, load_table
 
 STATE = ".pack"  # folder in DEST: settings, tables, records, unfinished shards
-BLOCK = 512  # bytes of a tar header, and what members are padded to
 KEY_DIGITS = 8
-_READ_THREADS = 4  # enough to hide a network file system's latency behind decoding
-_READ_CHUNK = 4  # images that a thread reads in a turn
+_READ_THREADS = 4  # enough to hide the latency of a network file system
+_READ_CHUNK = 4  # images that a thread reads at a time
 _CHUNKS_AHEAD = 4
-# Seconds an image, in so many chunks in a row, above which reading is left to threads for the rest of the shard. From
-# the page cache an image takes 20 us, and handing it over from a thread 65 us: a twentieth of packing it.
+# Reading is left to threads for the rest of the shard after this many chunks in a row that took more than this many
+# seconds per image. From the page cache an image takes 20 us; getting it from a thread takes 65 us.
 _SLOW_READ, _SLOW_CHUNKS = 2e-4, 2
-MEAN_PIXELS = 1 << 22  # no mean image is made of larger images: it would be larger than the rest of the process
+MEAN_PIXELS = 1 << 22  # larger images get no mean image: it would be larger than the rest of the process
 SIZES_DIFFER = "raw images must all have one size, and these differ; give --resize with --fit crop or squash"
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is done to every image."""
+    """Everything besides the source that decides the bytes of the shards."""
 
     resize: int = 256  # pixels; 0: sizes are kept
     fit: str = "crop"  # crop, squash, none
     encoding: str = "jpeg"  # jpeg, raw, copy
     quality: int = 90
+    seed: int = 0  # of the shuffle
+    shard_mb: float | None = None  # wanted size of a shard; None: the default
+    shard_images: int | None = None  # the same as a number of images
+
+
+class ShardId(NamedTuple):
+    """A shard among all that one command packs."""
+
+    packing: int  # position of its split in the list of packings
+    shard: int  # number in the split
+
+
+@dataclasses.dataclass
+class ShardRecord:
+    """What finishing the split needs to know of a packed shard; as JSON in DEST/.pack."""
+
+    shard: int
+    nsamples: int
+    filesize: int  # bytes
+    sha256: str  # hex digest of the tar
+    size: tuple[int, int]  # height and width of all its images; (0, 0): they differ
+    summed: bool  # the sums of its pixels are saved
+    bad: list[tuple[str, str]]  # name and reason of each image left out
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Packing:
     """One split to be packed. `items` may come without its arrays: they are then mapped from DEST/.pack."""
 
     dest: str
@@ -59,7 +82,12 @@ class Job:
 
     @property
     def nsamples(self) -> int:
+        """Images of the split."""
         return len(self.items.table)
+
+    def bounds(self, shard: int) -> tuple[int, int]:
+        """First and last + 1 of the images of a shard."""
+        return bounds(self.nsamples, self.nshards, shard)
 
     def tar(self, shard: int) -> str:
         """Final path of a shard."""
@@ -90,17 +118,14 @@ def bounds(nsamples: int, nshards: int, shard: int) -> tuple[int, int]:
 
 
 class Packer:
-    """Packs shards of some jobs, one at a time, in this process."""
+    """Packs shards of some splits, one at a time, in this process."""
 
-    def __init__(self, jobs: list[Job]):
+    def __init__(self, packings: list[Packing]):
         import torch
 
-        torch.set_num_threads(1)  # as many processes as cores run already
-        self.jobs = [
-            job if len(job.items.table) else dataclasses.replace(job, items=load_table(job.items, job.state("")))
-            for job in jobs
-        ]
-        self._readers = [Reader(job.items) for job in self.jobs]
+        torch.set_num_threads(1)  # there is a process per core already
+        self.packings = [p if p.nsamples else _with_table(p) for p in packings]
+        self._readers = [SourceReader(packing.items) for packing in self.packings]
         self._pool = concurrent.futures.ThreadPoolExecutor(_READ_THREADS, "read")
 
     def close(self) -> None:
@@ -109,20 +134,20 @@ class Packer:
         for reader in self._readers:
             reader.close()
 
-    def pack(self, job_number: int, shard: int, tick: Callable[[int], None]) -> dict:
-        """Write one shard and its record; the record. `tick(images)` is called now and then, and may raise.
+    def pack(self, number: int, shard: int, tick: Callable[[int], None]) -> ShardRecord:
+        """Write a shard of packing `number`, and its record. `tick(1)` is called after each image, and may raise.
 
         Raises:
-            InputError: the source cannot be read or DEST not be written. Nothing of the shard is left then.
+            InputError: the source cannot be read or DEST cannot be written. Nothing of the shard is left then.
         """
-        job = self.jobs[job_number]
-        tar = job.tar(shard)
-        temporary = job.state(f"{os.path.basename(tar)}.{os.uname().nodename}.{os.getpid()}.tmp")
+        packing = self.packings[number]
+        tar = packing.tar(shard)
+        temporary = packing.state(f"{os.path.basename(tar)}.{os.uname().nodename}.{os.getpid()}.tmp")
         try:
             with open(temporary, "wb", buffering=1 << 20) as file:
-                written = _Shard(job, _HashedFile(file))
+                written = _ShardWriter(packing, _HashedFile(file))
                 try:
-                    for row, data in self._read_ahead(job_number, *bounds(job.nsamples, job.nshards, shard)):
+                    for row, data in self._read_ahead(number, *packing.bounds(shard)):
                         written.add(row, data)
                         tick(1)
                 finally:
@@ -130,23 +155,23 @@ class Packer:
                 file.flush()
                 os.fsync(file.fileno())
             write_whole(idx_path(tar), format_idx(written.members))
-            _save_array(job.columns(shard), np.array([written.labels, written.crc32], np.uint32))
+            write_whole(packing.columns(shard), npy_bytes(np.array([written.labels, written.crc32], np.uint32)))
             if written.sums is not None:
-                _save_array(job.sums(shard), written.sums)
+                write_whole(packing.sums(shard), npy_bytes(written.sums))
             os.replace(temporary, tar)
-            sync_folder(job.dest)
+            sync_folder(packing.dest)
             record = written.record(shard)
-            write_whole(job.record(shard), (json.dumps(record) + "\n").encode())
+            write_whole(packing.record(shard), (json.dumps(dataclasses.asdict(record)) + "\n").encode())
             return record
         except OSError as error:
-            raise write_error(job.dest, error) from None
+            raise write_error(packing.dest, error) from None
         finally:
             if os.path.exists(temporary):
                 os.unlink(temporary)
 
-    def _read_ahead(self, job_number: int, first: int, last: int) -> Iterator[tuple[int, bytes | BadImage]]:
-        """Bytes of the images first .. last-1 in order; where reading is slow, read by threads ahead of their use."""
-        reader = self._readers[job_number]
+    def _read_ahead(self, number: int, first: int, last: int) -> Iterator[tuple[int, bytes | BadImage]]:
+        """Row and bytes of the images first .. last-1, in order. Where reading is slow, threads read them ahead."""
+        reader = self._readers[number]
 
         def read(start: int) -> list[bytes | BadImage]:
             chunk: list[bytes | BadImage] = []
@@ -170,6 +195,10 @@ class Packer:
                 chunk = pending.popleft().result()
             for i, data in enumerate(chunk):
                 yield start + i, data
+
+
+def _with_table(packing: Packing) -> Packing:
+    return dataclasses.replace(packing, items=load_table(packing.items, packing.state("")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,13 +226,13 @@ def encode(data: bytes, options: Options, pixels: tuple[int, ...] | None) -> Enc
     return Encoded("jpg", images.encode_jpeg(image, options.quality), image.shape[:2], image)
 
 
-class _Shard:
-    """The tar that is being written, and what is to be known of it."""
+class _ShardWriter:
+    """The tar that is being written, and what its index and record will say."""
 
-    def __init__(self, job: Job, file: "_HashedFile"):
-        from webdataset import TarWriter  # costs 2 s, torch included: --help must not pay for it
+    def __init__(self, packing: Packing, file: "_HashedFile"):
+        from webdataset import TarWriter  # takes 2 s, torch included
 
-        self.job = job
+        self.packing = packing
         self.file = file
         # Without time, user and group, the same images give the same bytes.
         self.writer = TarWriter(file, encoder=False, mtime=0, user="", group="")
@@ -218,16 +247,16 @@ class _Shard:
         self._in_block = 0
 
     def add(self, row: int, data: bytes | BadImage) -> None:
-        """One image; one that is bad is noted and left out."""
+        """Add an image. A bad one is noted and left out."""
         try:
             if isinstance(data, BadImage):
                 raise data
-            encoded = encode(data, self.job.options, self.job.items.pixels)
+            encoded = encode(data, self.packing.options, self.packing.items.pixels)
         except BadImage as error:
-            self.bad.append((self.job.items.name(row), str(error)))
+            self.bad.append((self.packing.items.name(row), str(error)))
             return
         self._note_size(encoded)
-        label = int(self.job.items.table["label"][row])
+        label = int(self.packing.items.table["label"][row])
         key = f"{row:0{KEY_DIGITS}d}"
         members = {"cls": str(label).encode(), encoded.ending: encoded.payload}
         self.writer.write({"__key__": key, **members})
@@ -241,7 +270,7 @@ class _Shard:
         self.crc32.append(crc32)
 
     def _note_size(self, encoded: Encoded) -> None:
-        """Follow whether all images are of one size, and sum up their pixels while they are."""
+        """Note whether all images have one size, and sum up their pixels as long as they have."""
         if self.size is None:
             self.size = encoded.size
             if encoded.image is not None and self.size[0] * self.size[1] <= MEAN_PIXELS:
@@ -255,8 +284,8 @@ class _Shard:
             self._add_to_sums(encoded.image)
 
     def _add_to_sums(self, image: np.ndarray) -> None:
-        # Whole numbers: the sum is exact, so its bits do not depend on who adds what first. 257 images of 255 fit
-        # into 16 bits, and adding to those takes 17 us where 32 bits take 34 (256x256).
+        # Integers: the sum is exact, whatever the order of adding. 257 times 255 fits in 16 bits, and adding 16-bit
+        # numbers takes 17 us where 32 bits take 34 (256x256).
         self._block += image if image.ndim == 3 else image[:, :, None]
         self._in_block += 1
         if self._in_block == 257:
@@ -275,22 +304,15 @@ class _Shard:
         return self._sums
 
     def close(self) -> None:
-        """End the tar. After an error the end goes nowhere, for it would only raise the same error again."""
+        """End the tar. After a write error nothing more is written: it would only raise the same error again."""
         if self.file.failed:
             self.file.discard = True
         self.writer.close()
 
-    def record(self, shard: int) -> dict:
-        """What finishing the split needs to know of this shard."""
-        return {
-            "shard": shard,
-            "nsamples": len(self.members),
-            "filesize": self.file.size,
-            "sha256": self.file.sha256.hexdigest(),
-            "size": list(self.size or (0, 0)),
-            "summed": self._sums is not None,
-            "bad": self.bad,
-        }
+    def record(self, shard: int) -> ShardRecord:
+        """The record of the shard, whose number is given."""
+        digest, summed = self.file.sha256.hexdigest(), self._sums is not None
+        return ShardRecord(shard, len(self.members), self.file.size, digest, self.size or (0, 0), summed, self.bad)
 
 
 class _HashedFile:
@@ -314,17 +336,11 @@ class _HashedFile:
 
 
 def write_error(dest: str, error: OSError) -> InputError:
-    """The message for an error while DEST is written."""
+    """The InputError for an OSError that was raised while DEST was written."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         reason += "; make room"
     return InputError(
-        f"cannot write to {dest}: {reason}; finished shards are kept, then the same command carries on",
+        f"cannot write to {dest}: {reason}; finished shards are kept, and the same command carries on",
         everywhere=False,
     )
-
-
-def _save_array(path: str, values: np.ndarray) -> None:
-    file = io.BytesIO()
-    np.save(file, values)
-    write_whole(path, file.getvalue())
