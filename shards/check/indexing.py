@@ -18,7 +18,7 @@ from shards.check import workers
 from shards.check.samples import MAX_CLASSES, LabelRule, Problem, dots_hint
 from shards.check.tars import TarContents, TarToIndex, index_tar
 from shards.errors import InputError, few, short
-from shards.format.names import missing_numbers
+from shards.format.names import STATE, missing_numbers
 from shards.format.split import (
     Member,
     Shard,
@@ -128,8 +128,6 @@ def _index_split(options: IndexOptions, name: str, tars: list[str]) -> _Indexed:
 
 def _is_unfinished(dest: str, name: str) -> bool:
     """Whether shards.pack has begun a split in a folder and not finished it."""
-    from shards.write.shard import STATE
-
     begun = glob.glob(f"{glob.escape(os.path.join(dest, STATE, name))}*")
     return not is_remote(dest) and begun != [] and not os.path.exists(os.path.join(dest, f"{name}.json"))
 

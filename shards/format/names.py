@@ -14,6 +14,8 @@ from shards.errors import InputError, few
 from shards.machine.files import is_remote
 from shards.sources.spellings import split_word
 
+STATE = ".pack"  # folder beside the shards in which shards.pack keeps settings, tables, records, unfinished shards
+
 
 def natural(path: str) -> list:
     """Sort key that compares numbers as numbers: shard-9 comes before shard-10."""

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from shards.errors import InputError, short
 from shards.format.split import Member, idx_word
+from shards.machine import remote
 from shards.machine.files import check_regular, is_remote
 
 BLOCK = 512  # bytes; a tar is made of such blocks
@@ -149,8 +150,6 @@ def file_read(file: BinaryIO) -> Read:
 def open_tar(path: str) -> Iterator[tuple[Read, int]]:
     """An unbuffered `Read` of a tar, local or remote, and its size in bytes. Raises OSError or InputError."""
     if is_remote(path):
-        from shards.machine import remote
-
         size = remote.size_of(path)
         yield lambda offset, wanted: remote.read_range(path, offset, max(0, min(wanted, size - offset))), size
     else:

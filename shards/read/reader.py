@@ -16,6 +16,7 @@ import time
 from shards.errors import InputError, few
 from shards.format.split import IMAGE_EXTENSIONS, INDEX_VERSION, Member, Shard, Split, image_member, read_idx
 from shards.format.tar import BLOCK, header_size, is_header_of, refuse_foreign
+from shards.machine import remote
 from shards.machine.files import check_regular, is_remote, read_file
 
 # Environment variable: a folder on the node's own disk for copies of remote shards. Without it every image is a request
@@ -105,8 +106,6 @@ class ShardReader:
         offsets, sizes, first, last = _image_members(self.split, shard)
         end = max(map(operator.add, offsets, sizes))
         if is_remote(path):
-            from shards.machine import remote
-
             cache = os.environ.get(CACHE_VARIABLE)
             if not cache:
                 return _Open(path, offsets, sizes, -1, 0, 0.0)
@@ -156,8 +155,6 @@ class ShardReader:
 
     def _pread(self, shard: int, entry: _Open, offset: int, size: int) -> memoryview:
         if entry.descriptor < 0:
-            from shards.machine import remote
-
             return memoryview(remote.read_range(entry.path, offset, size))
         if size > len(self._buffer):
             self._buffer = memoryview(bytearray(size + size // 2))

@@ -13,6 +13,7 @@ from typing import TextIO
 import numpy as np
 
 from shards.errors import InputError
+from shards.format.names import STATE
 from shards.machine.cores import cores_given
 from shards.machine.lock import hold
 from shards.machine.progress import Progress
@@ -21,7 +22,7 @@ from shards.sources.items import Items, without_table
 from shards.write.finish import finish, first_bad
 from shards.write.plan import prepare, remaining
 from shards.write.pool import WorkerError, pack_all
-from shards.write.shard import STATE, Options, Packing, ShardId, ShardRecord, write_error
+from shards.write.shard import Options, Packing, ShardId, ShardRecord, write_error
 
 TOO_MANY_BAD = 1000  # unreadable images beyond --max-bad at which packing stops: SOURCE is not what it seems
 _SHOWN_ENDINGS = 5  # of files that are not images

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from shards.errors import InputError
+from shards.format.names import STATE
 from shards.format.split import Member, format_idx, idx_path, npy_bytes
 from shards.format.tar import BLOCK
 from shards.machine.files import sync_folder, write_whole
@@ -26,7 +27,6 @@ from shards.read import images
 from shards.read.images import BadImage
 from shards.sources.items import Items, SourceReader, load_table
 
-STATE = ".pack"  # folder in DEST: settings, tables, records, unfinished shards
 KEY_DIGITS = 8
 _READ_THREADS = 4  # enough to hide the latency of a network file system
 _READ_CHUNK = 4  # images that a thread reads at a time

@@ -20,12 +20,13 @@ from collections import defaultdict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+from shards.format.names import STATE  # noqa: E402
 from shards.machine.facts import cpu_and_cores, versions  # noqa: E402
 from shards.sources.find import find  # noqa: E402
 from shards.sources.items import save_table, without_table  # noqa: E402
 from shards.sources.synthetic import write_photographs  # noqa: E402
 from shards.write.pool import pack_all  # noqa: E402
-from shards.write.shard import STATE, Options, Packing, ShardId  # noqa: E402
+from shards.write.shard import Options, Packing, ShardId  # noqa: E402
 
 # The usual photograph of ImageNet: with this quality and spectrum, 107 KB each.
 HEIGHT, WIDTH, QUALITY, SPECTRUM = 375, 500, 95, 1.3
