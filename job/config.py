@@ -273,6 +273,11 @@ def refuse_ignored(flat: dict[str, Any], given: dict[str, Any], recipe: dict[str
             )
 
 
+def with_classes(config: Config, classes: int) -> Config:
+    """The same settings for a network with `classes` outputs."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, classes=classes))
+
+
 def to_flat(config: Config) -> dict[str, Any]:
     """Flat dictionary of every setting, resolved, as config.yaml holds it."""
     return {

@@ -10,9 +10,14 @@ import logging
 import os
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
 from shards.command import Parser, run
 from shards.errors import InputError
+
+if TYPE_CHECKING:
+    from job.network.alexnet import AlexNet
+    from job.run.checkpoint import RunState
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -23,11 +28,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def export_onnx(state: dict, model, path: str) -> None:
+def export_onnx(state: "RunState", model: "AlexNet", path: str) -> None:
     """Write an ONNX graph: `pixels` (N, 3, S, S) float32 RGB 0..255, centre crop -> `scores` (N, classes)."""
     import torch
 
-    # The exporter tells of packages and of PyTorch's internals that do not concern this network.
+    # The exporter reports packages and internals of PyTorch that do not concern this network.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
     try:
@@ -40,12 +45,12 @@ def export_onnx(state: dict, model, path: str) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.network = model
-            self.register_buffer("mean", state["mean"])
+            self.register_buffer("mean", state.mean)
 
         def forward(self, pixels):
             return self.network(pixels - self.mean)
 
-    example = torch.zeros(2, *state["mean"].shape)
+    example = torch.zeros(2, *state.mean.shape)
     torch.onnx.export(
         FromPixels().eval(),
         (example,),
@@ -59,26 +64,25 @@ def export_onnx(state: dict, model, path: str) -> None:
     )
 
 
-def export_safetensors(state: dict, model, path: str) -> None:
+def export_safetensors(state: "RunState", model: "AlexNet", path: str) -> None:
     """Write weights under their names in the model, `mean` (3, S, S), and settings and class names as metadata."""
     try:
         from safetensors.torch import save_file
     except ImportError as error:
         raise InputError(f"{error.name} is not installed; pip install -e '.[export]'") from None
-    metadata = {"config": json.dumps(state["config"]), "classes": json.dumps(state["classes"])}
-    save_file({**model.state_dict(), "mean": state["mean"]}, path, metadata={"format": "pt", **metadata})
+    metadata = {"config": json.dumps(state.config), "classes": json.dumps(state.classes)}
+    save_file({**model.state_dict(), "mean": state.mean}, path, metadata={"format": "pt", **metadata})
 
 
 def main() -> None:
     options = parse()
     folder = os.path.dirname(os.path.abspath(options.out))
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write {options.out}: {folder} is no folder that can be written")
+        raise InputError(f"cannot write {options.out}: {folder} is not a folder that can be written")
     from job.run import checkpoint
 
-    path = checkpoint.find(options.checkpoint)
-    state = checkpoint.load(path)
-    size = sum(value.numel() for value in state["model"].values())
+    path, state = checkpoint.load_named(options.checkpoint)
+    size = sum(value.numel() for value in state.model.values())
     print(f"{path}: writing {size:,} weights as {options.format} ...", file=sys.stderr, flush=True)
     model = checkpoint.network(state, path)
     temporary = f"{options.out}.{os.getpid()}.tmp"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from job.batches.data import split_facts
 from job.config import Config, to_flat
 from job.fast import network as fast
 from job.ranks import agree, heartbeat
@@ -102,7 +103,7 @@ def test_copies_of_the_data_are_equal_and_other_contents_are_not(tmp_path):
         np.save(tmp_path / folder / "mean.npy", np.full((8, 8, 3), mean, np.float32))
         url = f"/elsewhere/{folder}/a.tar" if link else "a.tar"
         split = Split("train", str(tmp_path / folder), (Shard(url, 9, 100, sha256),), mean="mean.npy")
-        return agree.split_facts(split, None)
+        return split_facts(split, None)
 
     assert facts("n1")["split train"].startswith("9 samples in 1 shards, contents ")
     assert facts("n1") == facts("n2") == facts("n3", link=True)

@@ -84,7 +84,7 @@ def test_the_slowest_rank_and_the_median_round_count(four_ranks, monkeypatch):
     steps = {"alone": [5.0, 4.0, 6.0], "together": [2.0, 4.0, 3.0], "timed": [1.0, 3.2, 2.0]}
     calls = itertools.count()
 
-    def timed(step, count, device):
+    def timed(run, count, device):
         number, name = divmod(next(calls), 3)  # in each round: alone, together, with timers
         return list(steps.values())[name][number]
 

@@ -12,14 +12,16 @@ from job import config
 from job.network.sgd import MomentumSGD, parameter_groups
 from job.ranks import average as parallel
 from job.run import checkpoint
-from job.run.checkpoint import CheckpointWriter, fault, list_checkpoints, newest_good, put_in_place
-from job.run.resume import content, find_resume, fingerprint, leave_behind, same_settings
+from job.run.checkpoint import CheckpointWriter, RunState, fault, list_checkpoints, newest_good, put_in_place
+from job.run.resume import find_resume, leave_behind, new_state, same_settings
 from shards.errors import InputError
 from shards.format.split import Shard, Split
 
 SHARDS = tuple(Shard(f"train-{i:06d}.tar", 10 + i, 1000 * i + 1000, f"{i:064x}") for i in range(3))
 SPLIT = Split("train", "/data", SHARDS, classes=("a", "b"), labels="train.labels.npy", labels_sha256="1" * 64)
 MEAN = torch.ones(3, 2, 2)
+# What the first checkpoints held.
+OLDEST = ("format", "step", "model", "velocity", "config", "data", "mean", "classes")
 
 
 class Log:
@@ -43,11 +45,10 @@ def settings(out, *options):
     return config.parse(["--data", "/data", "--out", str(out), *options], "job.train", "")
 
 
-def state(cfg=None, split=SPLIT, **fields):
+def state(cfg=None, **fields):
     weights = {"fc8.bias": torch.zeros(2)}
-    flat = config.to_flat(cfg or settings("run"))
-    known = {"data": fingerprint(split), "content": content(split), "mean": MEAN, "classes": list(split.classes)}
-    return {"model": weights, "velocity": weights, "config": flat, "best": 0.5, "owed": False, **known, **fields}
+    new = new_state(cfg or settings("run"), SPLIT, MEAN)
+    return dataclasses.replace(new, **{"model": weights, "velocity": weights, "best": 0.5, **fields})
 
 
 def save(out, step, best=False, keep=3, **fields):
@@ -57,9 +58,14 @@ def save(out, step, best=False, keep=3, **fields):
     said = []
     writer = CheckpointWriter(folder, keep, said.append)
     writer.said = said
-    writer.save(step, state(**{"wall_seconds": 1.0, **fields}), best)
+    writer.save(state(step=step, wall_seconds=1.0, **fields), best)
     writer.wait()
     return writer
+
+
+def started(cfg, log, split=SPLIT, mean=MEAN):
+    """Where a run of these settings and data starts."""
+    return find_resume(new_state(cfg, split, mean), cfg, split, log)
 
 
 def steps(out):
@@ -115,7 +121,14 @@ def test_a_checkpoint_of_an_older_version_is_read_and_damage_is_found(tmp_path):
     save(tmp_path, 7)
     path = str(tmp_path / "checkpoints" / "step-00000007.pt")
     (line,) = open(f"{path}.sha256").read().splitlines()  # as they have always been, and as sha256sum writes them
-    assert line == f"{checkpoint.digest(path)}  step-00000007.pt" and checkpoint.load(path)["step"] == 7
+    assert line == f"{checkpoint.digest(path)}  step-00000007.pt" and checkpoint.load(path).step == 7
+    older = {name: value for name, value in torch.load(path, weights_only=True).items() if name in OLDEST}
+    torch.save(older, path)  # without a sha256 that fits: a file of its own
+    os.unlink(f"{path}.sha256")
+    loaded = checkpoint.load(path)
+    assert (loaded.step, loaded.owed, loaded.best, loaded.by) == (7, False, -1, "")
+    assert loaded.velocity.keys() == {"fc8.bias"} and loaded.classes == ["a", "b"]
+    save(tmp_path, 7)
     flip(path)
     assert "does not match" in fault(path)
     with pytest.raises(InputError, match="damaged"):
@@ -136,11 +149,11 @@ def test_going_on_from_an_earlier_step_leaves_the_later_ones_behind(tmp_path):
     save(tmp_path, 1000, best=True)
     flip(tmp_path / "checkpoints" / "step-00001000.pt")
     log = Log(tmp_path)
-    start = find_resume(settings(tmp_path, "--checkpoint-keep", "1"), SPLIT, MEAN, log)
-    assert start["step"] == 500 and "step-00001000.pt" in log.lines[0]
+    start = started(settings(tmp_path, "--checkpoint-keep", "1"), log)
+    assert start.step == 500 and "step-00001000.pt" in log.lines[0]
     leave_behind(start, settings(log.out), log)
     assert "step-00001000.pt, best.pt" in log.lines[-1] and "set-aside" in log.lines[-1]
-    assert start["best"] == -1  # the best network was of the part that was left
+    assert start.best == -1  # the best network was of the part that was left
     assert steps(tmp_path) == [500] and len(log.lines) == 2
     save(tmp_path, 600, keep=1)
     assert newest_good(log.path("checkpoints"), log.warn).endswith("step-00000600.pt")
@@ -151,9 +164,9 @@ def test_a_best_network_of_an_earlier_step_still_counts(tmp_path):
     save(tmp_path, 500, best=True)
     save(tmp_path, 600)
     log = Log(tmp_path)
-    start = find_resume(settings(tmp_path), SPLIT, MEAN, log)
+    start = started(settings(tmp_path), log)
     leave_behind(start, settings(log.out), log)
-    assert (start["step"], start["best"], log.lines) == (600, 0.5, [])
+    assert (start.step, start.best, log.lines) == (600, 0.5, [])
     assert fault(str(tmp_path / "checkpoints" / "best.pt")) == ""
 
 
@@ -165,7 +178,7 @@ def test_a_best_file_that_cannot_be_written_does_not_make_the_checkpoint_bad(tmp
     monkeypatch.setattr(checkpoint.shutil, "copyfile", fails)
     writer = save(tmp_path, 5, best=True)
     assert not writer.last_failed and writer.failures == 1 and "step 5 is saved, but best.pt" in writer.said[0]
-    assert checkpoint.load(newest_good(str(tmp_path / "checkpoints"), print))["step"] == 5
+    assert checkpoint.load(newest_good(str(tmp_path / "checkpoints"), print)).step == 5
     monkeypatch.setattr(checkpoint, "put_in_place", fails)
     writer = save(tmp_path, 6)
     assert writer.last_failed and writer.failures == 1 and steps(tmp_path) == [5]
@@ -178,33 +191,33 @@ def test_an_explicit_start_holds_until_the_run_has_a_checkpoint_of_its_own(tmp_p
     out = tmp_path / "run"
     for _ in range(2):  # the second time after a kill before the first checkpoint
         log = Log(out)
-        start = find_resume(settings(out, "--resume", path), SPLIT, MEAN, log)
+        start = started(settings(out, "--resume", path), log)
         leave_behind(start, settings(log.out), log)
-        assert (start["step"], log.lines) == (40 if resume == "file" else 0, [])
-        assert start["best"] == -1  # the other run's best.pt is not here
+        assert (start.step, log.lines) == (40 if resume == "file" else 0, [])
+        assert start.best == -1  # the other run's best.pt is not here
     save(out, 50)
-    start = find_resume(settings(out, "--resume", path), SPLIT, MEAN, log)
-    assert start["step"] == 50 and start["path"].startswith(str(out))
+    start = started(settings(out, "--resume", path), log)
+    assert start.step == 50
     (line,) = log.lines
-    assert f"--resume {path} is for the start of a run" in line and "step-00000050.pt" in line
+    assert f"--resume {path} is for the start of a run" in line and str(out) in line and "step-00000050.pt" in line
 
 
 def test_starting_anew_asks_for_a_directory_without_checkpoints_of_other_settings(tmp_path):
     log = Log(tmp_path)
-    leave_behind(find_resume(settings(tmp_path), SPLIT, MEAN, log), settings(tmp_path), log)
+    leave_behind(started(settings(tmp_path), log), settings(tmp_path), log)
     with pytest.raises(InputError, match="--seed 1, not 2"):
-        find_resume(settings(tmp_path, "--seed", "2"), SPLIT, MEAN, log)
-    assert find_resume(settings(tmp_path, "--seed", "2", "--resume", "none"), SPLIT, MEAN, log)["step"] == 0
+        started(settings(tmp_path, "--seed", "2"), log)
+    assert started(settings(tmp_path, "--seed", "2", "--resume", "none"), log).step == 0
     save(tmp_path, 5)
     with pytest.raises(InputError, match="--seed 1, not 3"):
         (tmp_path / "config.yaml").unlink()
-        find_resume(settings(tmp_path, "--seed", "3", "--resume", "none"), SPLIT, MEAN, log)
+        started(settings(tmp_path, "--seed", "3", "--resume", "none"), log)
 
 
 def resume_with(tmp_path, split=SPLIT, mean=MEAN, **written):
     save(tmp_path, 5, **written)
     log = Log(tmp_path)
-    find_resume(settings(tmp_path), split, mean, log)
+    started(settings(tmp_path), log, split, mean)
     return log.lines
 
 
@@ -296,7 +309,7 @@ def test_a_state_is_kept_only_after_an_average_which_is_made_once(monkeypatch):
     strategy = parallel.Weights(model, optimizer, every=2)
     counts = []
     for step in range(4):
-        strategy.equalise()  # where nothing has changed since the last average, this is none
+        strategy.make_equal()  # where nothing has changed since the last average, this is none
         strategy.after_update(step)
         counts.append(len(averages))
     assert counts == [0, 2, 2, 4]
@@ -319,13 +332,13 @@ def test_ranks_that_are_lost_again_and_again_at_one_step_end_the_job(monkeypatch
         assert memory._every == 56  # --commit-every 50, where the ranks are equal
         calls.append(memory.step)
         if len(calls) < 8:  # hosts that go, while the run gets on
-            memory.step = 50 * len(calls)
+            memory.state = RunState(step=50 * len(calls))
         raise elastic.HorovodInternalError("the same error\nas before")
 
     cfg = settings("run", "--parallel", "weights", "--average-every", "7")
     with pytest.raises(Failed, match=f"lost {elastic.MOST_LOSSES} times after step 350.*: the same error as before"):
         elastic.run_elastic(train, cfg)
-    assert calls[:8] == [None, 50, 100, 150, 200, 250, 300, 350] and len(calls) == 7 + elastic.MOST_LOSSES - 1
+    assert calls[:8] == [0, 50, 100, 150, 200, 250, 300, 350] and len(calls) == 7 + elastic.MOST_LOSSES - 1
     memory = elastic.Memory(56)
     assert [step for step in range(7, 120) if memory.due(step, 7)] == [7, 56, 112]
 
@@ -352,5 +365,5 @@ def test_settings_that_cannot_be_written_do_not_end_training(tmp_path, monkeypat
 
     monkeypatch.setattr(config, "write_yaml", full)
     log = RunLog(str(tmp_path / "run"), active=True)
-    leave_behind(find_resume(settings(tmp_path / "run"), SPLIT, MEAN, log), settings(tmp_path / "run"), log)
+    leave_behind(started(settings(tmp_path / "run"), log), settings(tmp_path / "run"), log)
     assert log.failures == 1

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from job import config, evaluate
+from job.batches.data import check_data
 from job.batches.loader import Loader
 from job.network.alexnet import build
-from job.run.checkpoint import CheckpointWriter
-from job.train import check_data
+from job.run.checkpoint import CheckpointWriter, RunState
+from job.run.validation import match_classes, validate
 from shards.errors import InputError
 from shards.format.split import image_member, load_split, read_idx
 from tests.shardmaker import damage, write_split
@@ -28,10 +29,10 @@ def network(demo_data, tmp_path_factory):
     split = load_split(str(demo_data), "train")
     settings = config.parse([*OPTIONS, "--model.classes", "10"], "job.train", "")
     model = build(settings)
-    rest = {"velocity": {}, "data": "", "image": [70, 70], "mean": torch.full((3, 67, 67), 60.0)}
-    state = {"model": model.state_dict(), "config": config.to_flat(settings), "classes": list(split.classes), **rest}
+    rest = {"image": [70, 70], "mean": torch.full((3, 67, 67), 60.0), "classes": list(split.classes)}
+    state = RunState(step=1, model=model.state_dict(), config=config.to_flat(settings), **rest)
     writer = CheckpointWriter(str(folder), 1, print)
-    writer.save(1, state, best=True)
+    writer.save(state, best=True)
     writer.wait()
     return str(folder / "best.pt")
 
@@ -80,15 +81,15 @@ def test_classes_are_matched_by_name(network, data, capfd):
     change(data, classes=turned)  # label 0 now means what the network calls 1
     other, _ = run(network, data, capfd)
     assert other["loss"] != right["loss"]
-    assert evaluate.match_classes(load_split(str(data), "val"), names, 10, "x.pt").tolist() == [*range(1, 10), 0]
-    assert evaluate.match_classes(split, names, 10, "x.pt") is None
+    assert match_classes(load_split(str(data), "val"), names, 10, "x.pt").tolist() == [*range(1, 10), 0]
+    assert match_classes(split, names, 10, "x.pt") is None
     change(data, classes=["airship", *names[1:]])
     with pytest.raises(InputError, match="has the class 'airship', which is not one of the 10 of"):
         run(network, data, capfd)
     change(data, classes=[])
     assert run(network, data, capfd)[0]["loss"] == right["loss"]
     with pytest.raises(InputError, match="has 10 classes, the network of x.pt has 9"):
-        evaluate.match_classes(load_split(str(data), "val"), [], 9, "x.pt")
+        match_classes(load_split(str(data), "val"), [], 9, "x.pt")
 
 
 def test_damaged_images_are_allowed_as_in_training(network, data, capfd):
@@ -141,7 +142,7 @@ def test_validation_images_of_another_size_have_the_mean_of_their_centre(tmp_pat
     seen = []
     mean = torch.arange(3 * 67 * 67.0).view(3, 67, 67)
     with Loader(split, rank=0, world_size=1, global_batch=4, crop=67, train=False, workers=0) as loader:
-        evaluate.validate(Sums(), loader, mean, torch.device("cpu"), "fp32")
+        validate(Sums(), loader, mean, torch.device("cpu"), "fp32")
         (batch,) = loader
         raw = batch.images.permute(0, 3, 1, 2).float().clone()
     assert raw[0, 0, 0, 0] == 6  # row 6 of 80

@@ -22,10 +22,10 @@ def trained(demo_data, tmp_path_factory):
 
 
 def scores(state, pixels):
-    model = build(from_flat(state["config"])).eval()
-    model.load_state_dict(state["model"])
+    model = build(from_flat(state.config)).eval()
+    model.load_state_dict(state.model)
     with torch.no_grad():
-        return model(torch.from_numpy(pixels) - state["mean"]).numpy()
+        return model(torch.from_numpy(pixels) - state.mean).numpy()
 
 
 @pytest.mark.parametrize("images", [1, 3, 8])
@@ -36,17 +36,16 @@ def test_onnx_takes_pixels_and_gives_the_same_scores(trained, tmp_path, images):
     pixels = np.random.default_rng(images).integers(0, 256, (images, 3, 67, 67)).astype(np.float32)
     session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
     (got,) = session.run(["scores"], {"pixels": pixels})
-    np.testing.assert_allclose(
-        got, scores(checkpoint.load(checkpoint.find(str(trained))), pixels), rtol=1e-4, atol=1e-5
-    )
+    _, state = checkpoint.load_named(str(trained))
+    np.testing.assert_allclose(got, scores(state, pixels), rtol=1e-4, atol=1e-5)
 
 
 def test_safetensors_holds_weights_mean_settings_and_classes(trained, tmp_path):
     safetensors = pytest.importorskip("safetensors")
     assert python("job.export", str(trained), "--format", "safetensors", "--out", str(tmp_path / "n")).returncode == 0
-    state = checkpoint.load(checkpoint.find(str(trained)))
+    _, state = checkpoint.load_named(str(trained))
     with safetensors.safe_open(str(tmp_path / "n"), framework="pt") as file:
-        for name, tensor in {**state["model"], "mean": state["mean"]}.items():
+        for name, tensor in {**state.model, "mean": state.mean}.items():
             assert torch.equal(file.get_tensor(name), tensor)
         assert len(json.loads(file.metadata()["classes"])) == 10
         assert json.loads(file.metadata()["config"])["image-size"] == 67

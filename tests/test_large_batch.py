@@ -23,7 +23,7 @@ def train(ranks, data, out, *options, expect=0):
 
 
 def newest(run):
-    return checkpoint.load(checkpoint.find(str(run)))
+    return checkpoint.load_named(str(run))[1]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_it_learns_and_every_rank_validates_with_the_statistics_that_are_saved(d
     summary = json.loads((trained / "summary.json").read_text())
     assert all(found[name] == summary[name] for name in ("top1", "top5", "loss"))
     assert found["top1"] > 0.3
-    model = newest(trained)["model"]
+    model = newest(trained).model
     # They have moved away from the 0 and 1 that they begin with.
     assert not torch.equal(model["norm6.running_mean"], torch.zeros_like(model["norm6.running_mean"]))
 
@@ -51,8 +51,8 @@ def test_a_resumed_run_has_the_same_bits(demo_data, trained, tmp_path):
     for steps in ("20", "40"):
         train(2, demo_data, tmp_path / "run", "--checkpoint-every", "20", "--max-steps", steps)
     whole, parts = newest(trained), newest(tmp_path / "run")
-    for part in ("model", "velocity"):
-        assert all(torch.equal(tensor, parts[part][name]) for name, tensor in whole[part].items())
+    for one, other in ((whole.model, parts.model), (whole.velocity, parts.velocity)):
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 @pytest.mark.long
@@ -61,7 +61,7 @@ def test_saved_statistics_are_the_average_of_what_the_ranks_saw(demo_data, tmp_p
     # After one step the running mean is a tenth of the mean over a rank's half: the average is that of all images.
     for ranks in (1, 2):
         train(ranks, demo_data, tmp_path / f"{ranks}", *options, "--max-steps", "1", "--eval-every", "0")
-    one, two = newest(tmp_path / "1")["model"], newest(tmp_path / "2")["model"]
+    one, two = newest(tmp_path / "1").model, newest(tmp_path / "2").model
     torch.testing.assert_close(two["norm1.running_mean"], one["norm1.running_mean"], rtol=1e-2, atol=1e-4)
     assert not torch.equal(one["norm1.running_mean"], torch.zeros_like(one["norm1.running_mean"]))
 
@@ -71,15 +71,15 @@ def test_an_exported_network_normalises_with_the_saved_statistics(trained, tmp_p
     done = python("job.export", str(trained), "--format", "onnx", "--out", str(tmp_path / "net.onnx"))
     assert done.returncode == 0, done.stderr
     state = newest(trained)
-    model = build(from_flat(state["config"])).eval()
-    model.load_state_dict(state["model"])
+    model = build(from_flat(state.config)).eval()
+    model.load_state_dict(state.model)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 67, 67)).astype(np.float32)
     session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
     with torch.no_grad():
-        expected = model(torch.from_numpy(pixels) - state["mean"]).numpy()
+        expected = model(torch.from_numpy(pixels) - state.mean).numpy()
     np.testing.assert_allclose(session.run(["scores"], {"pixels": pixels})[0], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_one_image_a_rank_is_too_few_to_normalise(demo_data, tmp_path):
     done = train(2, demo_data, tmp_path / "run", "--global-batch", "2", "--max-steps", "1", expect=2)
-    assert len(error_lines(done)) == 1 and "one image a rank" in error_lines(done)[0]
+    assert len(error_lines(done)) == 1 and "one image per rank" in error_lines(done)[0]

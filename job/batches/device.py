@@ -44,6 +44,15 @@ def load_mean(split: Split, device: torch.device | str = "cpu") -> torch.Tensor 
     return torch.from_numpy(np.ascontiguousarray(mean, np.float32)).to(device)
 
 
+def mean_crop(mean: torch.Tensor | None, size: int) -> torch.Tensor:
+    """Mean image of centre crops, float32 (3, size, size) on the CPU: what a user of the network must subtract."""
+    if mean is None:
+        return torch.zeros(3, size, size)
+    top, left = ((side - size) // 2 if side > 1 else 0 for side in mean.shape[:2])
+    crop = mean[top : top + size, left : left + size].permute(2, 0, 1)
+    return crop.expand(3, size, size).to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+
+
 def prepare(
     images: torch.Tensor,
     offsets: torch.Tensor,

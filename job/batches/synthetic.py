@@ -34,7 +34,6 @@ class SyntheticLoader:
         crop: int,
         start_step: int,
         pin: bool,
-        workers: int | None = None,  # there is nothing to read
     ):
         n = global_batch // world_size
         random = torch.Generator().manual_seed(rank)

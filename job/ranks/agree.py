@@ -19,11 +19,9 @@ import horovod
 import horovod.torch as hvd
 import torch
 
-from job.batches.device import load_mean
 from job.fast import network as fast
 from shards import ROOT
 from shards.errors import InputError
-from shards.format.split import Split
 from shards.machine.cores import cores_given
 from shards.read import fastjpeg, images
 
@@ -70,26 +68,6 @@ def agree(settings: dict[str, Any], open_data: Callable[[], tuple[Any, dict[str,
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cores_given(hvd.local_size()).count)
     return Agreed(torch.device("cpu"), kernels, found)
-
-
-def split_facts(*splits: Split | None, mean: bool = True) -> dict[str, str]:
-    """What must be equal of the splits that a rank has opened, for `open_data`; `mean`: the mean image counts too."""
-    return {
-        f"split {split.name}": f"{split.nsamples:,} samples in {len(split.shards)} shards, "
-        f"contents {_digest(split, mean)}"
-        for split in splits
-        if split is not None
-    }
-
-
-def _digest(split: Split, mean: bool) -> str:
-    """A short hash of all that the index says (sha256 of the shards, if it has them) and, with `mean`, of the mean
-    image, wherever they lie: each node may have a copy of its own."""
-    shards = [dataclasses.replace(shard, url=os.path.basename(shard.url), idx="") for shard in split.shards]
-    digest = hashlib.sha256(repr(dataclasses.replace(split, root="", shards=tuple(shards))).encode())
-    image = load_mean(split) if mean else None
-    digest.update(b"" if image is None else image.numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def _report(settings: dict[str, Any], open_data: Callable) -> tuple[Any, Report]:

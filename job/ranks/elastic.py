@@ -1,68 +1,71 @@
-"""Elastic training: when a host dies, the other ranks go on without a restart, and take it back when it returns.
+"""Elastic training: when a host dies, the other ranks continue without a restart, and take it back when it returns.
 
 In: train, which can be called again in the same process, and the state that it commits every few steps. Out: a run
-whose ranks come and go under `horovodrun --host-discovery-script`, with the same global batches whatever the ranks.
+whose ranks come and go under `horovodrun --host-discovery-script`; the global batches do not depend on the ranks.
 """
 
+import dataclasses
 import math
 import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import horovod.torch as hvd
-import torch
 from horovod.common.elastic import notification_manager
 from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
+from torch import Tensor
 
 from job.config import Config
 from job.ranks import heartbeat
 from job.ranks.process import Failed, Stopped, leave, stop_signals
-from job.run.checkpoint import CheckpointWriter, snapshot
-from job.run.resume import put
+from job.run.checkpoint import CheckpointWriter, RunState, snapshot
 from shards.errors import InputError, positive_number
 
-# Times that the ranks try to find each other anew: yet another host may vanish meanwhile.
+# Attempts of the ranks to find each other again: another host may vanish meanwhile.
 ATTEMPTS = 3
-# Ranks lost in a row without a commit in between from which on it is no host's fault: the job would lose them for ever.
+# After so many losses in a row without a commit in between, no host is to blame: the job would lose ranks for ever.
 MOST_LOSSES = 5
-# Seconds that ranks whose number does not divide the global batch wait for hosts to come or go.
+# Seconds that ranks wait for hosts to come or go while their number does not divide the global batch.
 WAIT_SECONDS = positive_number("HOROVOD_ELASTIC_TIMEOUT", 600)
 
 
 class Memory:
-    """The state that training goes on from when the ranks have changed: a copy in this process's own memory.
+    """The state that training resumes from when the ranks have changed: a copy in this process's own memory.
 
     Attributes:
-        reason: why training goes on with other ranks; empty in a process that has just started.
-        step: the step that the copy is of; None: there is none.
-        state: the copy, as a checkpoint holds it.
-        losses: times in a row that ranks were lost before the next commit; error: what was said of it last.
+        reason: why training goes on with other ranks; "" in a process that has just started.
+        state: the last copy, or None.
+        losses: times in a row that ranks were lost without a commit in between.
+        error: the message of the last loss.
     """
 
     def __init__(self, every: int):
         self.reason = ""
-        self.step: int | None = None
-        self.state: dict[str, Any] = {}
+        self.state: RunState | None = None
         self._every = every if heartbeat.ELASTIC else 0
-        self._kept: dict[str, torch.Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
         self._since = 0.0
         self._hosts_changed = False
-        self.losses, self._lost_at, self.error = 0, None, ""
+        self.losses, self._lost_at, self.error = 0, -1, ""
+
+    @property
+    def step(self) -> int:
+        """Steps of the copy; 0 where there is none."""
+        return self.state.step if self.state else 0
 
     def due(self, step: int, first_step: int) -> bool:
-        """Whether to commit behind `step`; `first_step` is where this call of train has begun."""
+        """Whether to commit after `step` steps; `first_step` is where this call of train has begun."""
         return bool(self._every) and (step == first_step or step % self._every == 0)
 
-    def commit(self, step: int, state: dict[str, Any]) -> None:
-        """Copy the state behind `step`. All ranks together. Raises HostsUpdatedInterrupt when hosts came or went."""
-        self.state, self.step, self._since = snapshot(state, self._kept), step, time.time()
+    def commit(self, state: RunState) -> None:
+        """Copy the state. All ranks together. Raises HostsUpdatedInterrupt when hosts have come or gone."""
+        self.state, self._since = snapshot(state, self._kept), time.time()
         self.check_hosts()
 
     def check_hosts(self) -> None:
         """All ranks together: raise HostsUpdatedInterrupt when hosts have come or gone."""
-        # horovodrun tells rank 0 alone.
+        # horovodrun informs rank 0 only.
         if hvd.broadcast_object(self._hosts_changed, name="hosts_changed"):
             raise HostsUpdatedInterrupt(False)
 
@@ -71,23 +74,18 @@ class Memory:
         self._hosts_changed = True
 
     def ranks_changed(self, reason: str, lost: bool = False) -> None:
+        """Note why training is called again; `lost`: a rank was lost."""
         self.reason, self._hosts_changed = reason, False
         if lost:
             self.losses = self.losses + 1 if self.step == self._lost_at else 1
             self._lost_at = self.step
 
-    def start(self) -> dict[str, Any] | None:
-        """Where to go on, as resume.find_resume says it; None when nothing was committed."""
-        if self.step is None:
+    def resume(self) -> RunState | None:
+        """The state to start from, or None where nothing was committed."""
+        if self.state is None:
             return None
-        seconds = self.state["wall_seconds"] + time.time() - self._since
-        known = {name: self.state[name] for name in ("best", "by")}
-        return {"path": "", "step": self.step, "wall_seconds": seconds, "owed": False, **known}
-
-    def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Put what was committed into a model and its optimizer, if anything was."""
-        if self.step is not None:
-            put(self.state, model, optimizer)
+        # A copy: the next commit writes over the tensors, after training has loaded them.
+        return dataclasses.replace(self.state, wall_seconds=self.state.wall_seconds + time.time() - self._since)
 
 
 def run_elastic(train: Callable[[Config, Memory], None], config: Config) -> None:
@@ -111,7 +109,7 @@ def run_elastic(train: Callable[[Config, Memory], None], config: Config) -> None
             memory.error = str(error)
         except HostsUpdatedInterrupt:
             memory.ranks_changed("hosts have come or gone")
-        # Outside of `except`: all that train has built is free by now.
+        # After the `except` blocks: whatever train has built is freed by now.
         heartbeat.forget()
         _find_each_other()
 
@@ -133,20 +131,20 @@ def _give_up_after(memory: Memory) -> None:
     losses, error = hvd.broadcast_object((memory.losses, memory.error), name="losses")
     if losses >= MOST_LOSSES:
         reason = " ".join(error.split())[:200]
-        raise Failed(f"ranks were lost {losses} times after step {memory.step or 0}, without getting on: {reason}")
+        raise Failed(f"ranks were lost {losses} times after step {memory.step}, without getting on: {reason}")
 
 
 def _await_fitting(config: Config, memory: Memory) -> None:
-    """Wait while the number of ranks does not divide the global batch; a job that begins so is refused by train."""
+    """Wait while the number of ranks does not divide the global batch. (A job that begins like that is refused.)"""
     batch, size = config.global_batch, hvd.size()
     if batch % size == 0 or not hvd.broadcast_object(memory.reason, name="going_on"):
         return
     problem = f"{size} ranks are left, among which --global-batch {batch} cannot be divided"
     if hvd.rank() == 0:
         print(f"warning: {problem}; waiting for hosts to come or go", file=sys.stderr, flush=True)
-        if memory.step is not None:  # the wait may be in vain
+        if memory.state:  # the wait may be in vain
             writer = CheckpointWriter(os.path.join(config.out, "checkpoints"), config.checkpoint_keep, print)
-            writer.save(memory.step, memory.state, best=False)
+            writer.save(memory.state, best=False)
             writer.wait()
     end = time.monotonic() + WAIT_SECONDS
     while True:

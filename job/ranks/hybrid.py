@@ -20,7 +20,7 @@ from job.batches.device import prepare
 from job.config import Config
 from job.network.alexnet import AlexNet
 from job.network.sgd import MomentumSGD
-from job.ranks.average import Alone, average_statistics
+from job.ranks.average import Strategy, average_statistics
 
 
 def part(size: int, rank: int, ranks: int) -> slice:
@@ -69,11 +69,11 @@ class GatherColumns(torch.autograd.Function):
         return sum_and_scatter(d.t(), ctx.name).t(), None, None
 
 
-class Hybrid(Alone):
+class Hybrid(Strategy):
     """Strategy: gradients of convolutions are summed over the ranks, each rank updates its own rows of fc6 to fc8.
 
     The optimizer's parameters fc6 to fc8 become views of this rank's rows; the model's other rows are stale until
-    `equalise`. Velocities likewise, so that a checkpoint holds the whole network, and any strategy can go on from it.
+    `make_equal`. Velocities likewise, so that a checkpoint holds the whole network, and any strategy can go on from it.
     """
 
     def __init__(self, model: AlexNet, optimizer: MomentumSGD):
@@ -105,7 +105,7 @@ class Hybrid(Alone):
             hvd.synchronize(self._handles.pop())
 
     @torch.no_grad()
-    def equalise(self) -> None:
+    def make_equal(self) -> None:
         """Give all ranks all rows of fc6 to fc8 and their velocities; average running statistics."""
         average_statistics(self._model)
         for number, parameter in enumerate(self._whole):

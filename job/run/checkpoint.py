@@ -1,10 +1,11 @@
 """Checkpoints of a run: written in the background by rank 0, verified before they are used.
 
-In: named tensors and a step. Out: `checkpoints/step-00001234.pt` with its sha256 beside it, `best.pt` for the best
-validation; nothing in them needs unpickling of more than tensors and plain values.
+In: a `RunState`. Out: `checkpoints/step-00001234.pt` with its sha256 beside it, and `best.pt` for the best validation.
+The files hold tensors and plain values only, so reading one runs no code from it.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import os
@@ -13,22 +14,52 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from job.config import from_flat
+from job.network.alexnet import AlexNet, build
 from shards.errors import InputError
 from shards.machine.files import sync_folder, write_whole
-
-if TYPE_CHECKING:
-    from job.network.alexnet import AlexNet
 
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 _FILE = re.compile(r"(step-(\d{8,})\.pt|best\.pt)(\.sha256)?(.*\.tmp)?")
 FORMAT = 1
-# Folder, among the checkpoints, of those of later steps than the one that a run goes on from. Nothing reads it.
+# Folder inside checkpoints/ for those of later steps than the one that a run resumes from. Nothing reads it.
 ASIDE = "set-aside"
+
+
+@dataclasses.dataclass
+class RunState:
+    """What a run resumes from, whether a checkpoint file or the memory of an elastic run holds it.
+
+    The names of the fields are those in the files. Older files lack some; then the default counts.
+    """
+
+    step: int = 0  # steps made
+    model: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # weights and buffers; empty in a new run
+    velocity: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # of the optimizer, by parameter
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # settings, by option name
+    data: str = ""  # hash of what the order of the samples depends on
+    content: list = dataclasses.field(default_factory=list)  # (name, bytes, sha256) of labels and shards
+    image: list[int] = dataclasses.field(default_factory=lambda: [0, 0])  # height, width of the stored images
+    classes: list[str] = dataclasses.field(default_factory=list)
+    mean: Tensor | None = None  # float32 (3, S, S), subtracted from a centre crop
+    by: str = ""  # the kernels and the device that computed it
+    best: float = -1.0  # top-1 of the best validation; -1: none
+    owed: bool = False  # the run was stopped before a validation that was due: resume with it
+    wall_seconds: float = 0.0  # over all starts of the run
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def summary(self) -> "RunState":
+        """The same without tensors and lists: what every rank needs to know about the start."""
+        return RunState(step=self.step, by=self.by, best=self.best, owed=self.owed, wall_seconds=self.wall_seconds)
+
+
+# Without these a file cannot be resumed from.
+_REQUIRED = ("step", "model", "velocity", "config", "data", "mean", "classes")
 
 
 def checkpoint_path(folder: str, step: int) -> str:
@@ -49,7 +80,7 @@ def list_checkpoints(folder: str) -> list[tuple[int, str]]:
 
 
 def fault(path: str) -> str:
-    """Why a checkpoint cannot be trusted, or an empty text: it must match a sha256 written beside it."""
+    """Why a checkpoint cannot be trusted, or "": it must match the sha256 written beside it."""
     try:
         known = _digests(path)
         found = digest(path)
@@ -67,7 +98,7 @@ def _digests(path: str) -> list[str]:
 
 
 def put_in_place(source: str, sha256: str, target: str) -> None:
-    """Rename a file that is on disk to `target`. A kill at any moment leaves a `target` that matches its sha256."""
+    """Rename `source`, already synced to disk, to `target`. A kill at any moment leaves a `target` that verifies."""
     folder, name = os.path.split(target)
     new, old = f"{sha256}  {name}\n", ""
     if os.path.exists(target):
@@ -82,9 +113,9 @@ def put_in_place(source: str, sha256: str, target: str) -> None:
 
 
 def set_aside(folder: str, step: int) -> list[str]:
-    """Move what was written after `step`, best.pt too, into the folder `set-aside`: a run goes on from `step`.
+    """Move the checkpoints after `step`, and best.pt if it is of a later one, into the folder `set-aside`.
 
-    Returns: the names of what was moved.
+    Returns: the names of the moved files.
     """
     late = [os.path.basename(path) for found, path in list_checkpoints(folder) if found > step]
     best = os.path.join(folder, "best.pt")
@@ -108,7 +139,7 @@ def _step_of(path: str) -> float:
 
 
 def newest_good(folder: str, warn: Callable[[str], None]) -> str:
-    """Path of the newest checkpoint that verifies, or an empty text; `warn` is told of each that was passed over."""
+    """Path of the newest checkpoint that verifies, or ""; each one that was passed over is reported to `warn`."""
     for _, path in list_checkpoints(folder):
         reason = fault(path)
         if not reason:
@@ -117,57 +148,59 @@ def newest_good(folder: str, warn: Callable[[str], None]) -> str:
     return ""
 
 
-def find(path: str) -> str:
-    """The checkpoint that a user names: a file, or the newest good one of a run directory.
+def load_named(path: str) -> tuple[str, RunState]:
+    """Path and content of the checkpoint that a user names: a file, or the newest good one of a run directory.
 
     Raises:
-        InputError: the run directory has none.
+        InputError: the run directory has none, or the file cannot be used.
     """
     if not os.path.isdir(path):
-        return path
+        return path, load(path)
     folder = os.path.join(path, "checkpoints")
     found = newest_good(folder, lambda text: print(f"warning: {text}", file=sys.stderr))
     if not found:
         raise InputError(f"no checkpoint in {folder}; give a run directory of job.train or a .pt file")
-    return found
+    return found, load(found, verified=True)
 
 
-def load(path: str) -> dict[str, Any]:
+def load(path: str, verified: bool = False) -> RunState:
     """Content of a checkpoint, tensors on the CPU.
+
+    Args:
+        verified: its sha256 has just been compared.
 
     Raises:
         InputError: not there, damaged, or not a checkpoint of this project.
     """
     if not os.path.isfile(path):
         raise InputError(f"no checkpoint {path}")
-    if os.path.exists(f"{path}.sha256") and (reason := fault(path)):
+    if not verified and os.path.exists(f"{path}.sha256") and (reason := fault(path)):
         raise InputError(f"cannot use the checkpoint {path}: {reason}; give an older one of the same folder")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != FORMAT:
-            raise ValueError(f"format {state['format']}")
-        for name in ("step", "model", "velocity", "config", "data", "mean", "classes"):
-            state[name]
-        from_flat(state["config"], path)
+        fields = torch.load(path, map_location="cpu", weights_only=True)
+        if fields["format"] != FORMAT:
+            raise ValueError(f"format {fields['format']}")
+        for name in _REQUIRED:
+            fields[name]
+        from_flat(fields["config"], path)
+        known = {field.name for field in dataclasses.fields(RunState)}
+        return RunState(**{name: value for name, value in fields.items() if name in known})
     except InputError:
         raise
     except Exception as error:  # torch.load raises errors of many kinds on damaged files
         reason = str(error).split("\n")[0][:200]
         raise InputError(f"{path} is not a checkpoint of job.train that can be read: {reason}") from None
-    return state
 
 
-def network(state: dict[str, Any], path: str) -> "AlexNet":
-    """The network of a checkpoint's content, with its weights.
+def network(state: RunState, path: str) -> AlexNet:
+    """The network of a checkpoint's content, with its weights, on the CPU.
 
     Raises:
-        InputError: the weights do not fit its settings, as of another version of this project.
+        InputError: the weights do not fit the settings, for example those of another version of this project.
     """
-    from job.network.alexnet import build
-
-    model = build(from_flat(state["config"], path))
+    model = build(from_flat(state.config, path))
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state.model)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} holds the weights of another network than its settings: {reason}") from None
@@ -177,8 +210,15 @@ def network(state: dict[str, Any], path: str) -> "AlexNet":
 class CheckpointWriter:
     """Writes checkpoints in a thread of its own; training goes on with the next step meanwhile.
 
-    A write that fails (disk full, folder gone) does not end the run: it is told to `warn`, counted in `failures`, and
-    leaves the older checkpoints as they are. `last_failed`: the newest checkpoint was not written.
+    A write that fails (disk full, folder gone) does not end the run: it is reported to `warn`, and older checkpoints
+    stay as they are.
+
+    Args:
+        keep: newest checkpoints to keep, besides best.pt.
+
+    Attributes:
+        failures: files that could not be written.
+        last_failed: the newest checkpoint was not written.
     """
 
     def __init__(self, folder: str, keep: int, warn: Callable[[str], None]):
@@ -188,13 +228,13 @@ class CheckpointWriter:
         self.failures = 0
         self.last_failed = False
         self._thread: threading.Thread | None = None
-        self._kept: dict[str, torch.Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
 
-    def save(self, step: int, state: dict[str, Any], best: bool) -> None:
-        """Take a copy of `state` (a dict of tensors, plain values and dicts of them) and write it behind the scenes."""
+    def save(self, state: RunState, best: bool) -> None:
+        """Take a copy of `state` and write it in the background; `best`: as best.pt, too."""
         self.wait()
-        copy = snapshot({"format": FORMAT, "step": step, **state}, self._kept)
-        self._thread = threading.Thread(target=self._write, args=(step, copy, best), name="checkpoint")
+        content = {"format": FORMAT, **vars(snapshot(state, self._kept))}
+        self._thread = threading.Thread(target=self._write, args=(state.step, content, best), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -223,7 +263,7 @@ class CheckpointWriter:
             self.failures += 1
             self.last_failed = True
             self.warn(f"checkpoint of step {step} was not written to {self.folder}: {error}")
-            with contextlib.suppress(OSError):  # a folder that takes nothing any more
+            with contextlib.suppress(OSError):  # the folder cannot be written at all
                 for leftover in (temporary, *([] if os.path.exists(path) else [f"{path}.sha256"])):
                     if os.path.exists(leftover):
                         os.unlink(leftover)
@@ -250,7 +290,7 @@ class CheckpointWriter:
         put_in_place(temporary, sha256, best)
 
     def _remove_old(self, step: int) -> None:
-        """Keep the newest up to `step`, which is just written; remove older ones, and what a killed write has left."""
+        """Keep the newest ones up to `step`, just written; remove older ones and leftovers of killed writes."""
         newest = [name for found, name in list_checkpoints(self.folder) if found <= step][: self.keep]
         kept = {"best.pt", *map(os.path.basename, newest)}
         for name in os.listdir(self.folder):
@@ -259,7 +299,7 @@ class CheckpointWriter:
 
 
 class _Digesting:
-    """A file that is written from front to back, and the sha256 of what was written."""
+    """A file written from front to back, and the sha256 of it."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -273,12 +313,16 @@ class _Digesting:
         self._file.flush()
 
 
-def snapshot(value: Any, kept: dict[str, torch.Tensor], name: str = "") -> Any:
-    """Copy of a state, its tensors in the memory of `kept`: new memory costs more than the copy (page faults)."""
-    if isinstance(value, torch.Tensor):
-        if name not in kept:
-            kept[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-        return kept[name].copy_(value.detach())
-    if isinstance(value, dict):
-        return {key: snapshot(item, kept, f"{name}/{key}") for key, item in value.items()}
-    return value
+def snapshot(state: RunState, kept: dict[str, Tensor]) -> RunState:
+    """A copy of `state`, its tensors in the memory of `kept`: new memory costs more than the copy (page faults)."""
+
+    def copy(value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            if name not in kept:
+                kept[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            return kept[name].copy_(value.detach())
+        if isinstance(value, dict):
+            return {key: copy(item, f"{name}/{key}") for key, item in value.items()}
+        return value
+
+    return RunState(**copy(vars(state), ""))

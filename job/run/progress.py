@@ -14,9 +14,8 @@ import torch
 
 from job.batches.loader import too_many_bad
 from job.ranks.process import Failed, StepReports
-from job.run.gpu import gpu_use
 from job.run.log import RunLog, write_textfile
-from job.run.timing import StepTimer
+from job.run.timing import StepTimer, gpu_use
 from shards.errors import InputError
 from shards.format.split import Split
 from shards.machine.progress import duration

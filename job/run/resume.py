@@ -1,65 +1,96 @@
-"""Where a run goes on: the newest checkpoint of its directory that verifies, if settings and shards are still the same.
+"""Where a run resumes: the newest checkpoint of its directory that verifies, if settings and shards are still the same.
 
-In: settings, the split, the run directory. Out: the step to start from, and weights and velocities put in place.
+In: settings, the split, the run directory. Out: the `RunState` to start from.
 """
 
 import hashlib
 import os
+import platform
 
+import horovod
 import torch
+from torch import Tensor
 
 from job import config as settings
 from job.batches.synthetic import NAME
 from job.run import checkpoint
+from job.run.checkpoint import RunState
+from job.run.log import RunLog
 from shards.errors import InputError
+from shards.format.split import Split
 
 
-def find_resume(config: settings.Config, split, mean, log) -> dict:
-    """Where to start: {"path", "step", "wall_seconds", "best", "owed", "by"}; path is empty for a new run. Rank 0 only.
+def new_state(config: settings.Config, split: Split, mean: Tensor, by: str = "") -> RunState:
+    """The state of a run before its first step; what does not change with a step is filled in.
 
-    `--resume FILE` and `none` say how a run begins: once its directory has a checkpoint, the same command goes on from
-    that, as a requeued job must. `mean`: float32 (3, S, S), subtracted from a centre crop.
-    Raises InputError when the run directory or the checkpoint has other settings or data.
+    Args:
+        mean: float32 (3, S, S), subtracted from a centre crop.
+        by: the kernels and the device that compute.
     """
-    flat = settings.to_flat(config)
+    return RunState(
+        config=settings.to_flat(config),
+        data=fingerprint(split),
+        content=content(split),
+        image=[split.height, split.width],
+        classes=list(split.classes),
+        mean=mean,
+        by=by,
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that compute."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "horovod": horovod.__version__}
+
+
+def find_resume(new: RunState, config: settings.Config, split: Split, log: RunLog) -> RunState:
+    """The state to start from: `new`, or that of a checkpoint. Rank 0 only.
+
+    `--resume FILE` and `none` say how a run begins. Once its directory has a checkpoint, the same command resumes from
+    that, as a requeued job must.
+
+    Raises:
+        InputError: the run directory or the checkpoint has other settings or data.
+    """
     known = log.path("config.yaml")
     path = checkpoint.newest_good(log.path("checkpoints"), log.warn)
+    verified = bool(path)
     if config.resume != "auto" and path:
         log.warn(f"--resume {config.resume} is for the start of a run; {config.out} has begun and goes on from {path}")
     elif config.resume not in ("auto", "none"):
         path = config.resume
     if os.path.exists(known) and (path or config.resume != "none"):
-        same_settings(flat, settings.read_flat(known), config.out)
-    start = {"path": path, "step": 0, "wall_seconds": 0.0, "best": -1.0, "owed": False, "by": ""}
-    if path:
-        state = checkpoint.load(path)
-        same_settings(flat, state["config"], path)
-        same_data(split, mean, state, path, log)
-        start.update({name: state[name] for name in start if name != "path" and name in state})
-        if config.parallel == "weights" and start["step"] % config.average_every:
-            log.warn(
-                f"{path} is the end of a shorter run: its last average, after step {start['step']}, is one more than "
-                f"--average-every {config.average_every} alone would have made"
-            )
-    return start
+        same_settings(new.config, settings.read_flat(known), config.out)
+    if not path:
+        return new
+    state = checkpoint.load(path, verified)
+    same_settings(new.config, state.config, path)
+    same_data(new, state, split, path, log)
+    if config.parallel == "weights" and state.step % config.average_every:
+        log.warn(
+            f"{path} is the end of a shorter run: its last average, after step {state.step}, is one more than "
+            f"--average-every {config.average_every} alone would have made"
+        )
+    return state
 
 
-def leave_behind(start: dict, config: settings.Config, log) -> None:
-    """Begin at `start`: write config.yaml, and move later checkpoints out of the way, which is reported.
+def leave_behind(start: RunState, config: settings.Config, log: RunLog) -> None:
+    """Begin at `start`: write config.yaml, and move later checkpoints away, which is reported.
 
     A best result counts only while its best.pt is there.
     """
     log.attempt("config.yaml", lambda: settings.write_yaml(settings.to_flat(config), log.path("config.yaml")))
     folder = log.path("checkpoints")
     try:
-        moved = checkpoint.set_aside(folder, start["step"])
+        moved = checkpoint.set_aside(folder, start.step)
     except OSError as error:
         raise InputError(f"cannot move later checkpoints in {folder} away: {error.strerror}; free the folder") from None
     if moved:
         aside = os.path.join(folder, checkpoint.ASIDE)
-        log.warn(f"going on from step {start['step']}: moved {', '.join(moved)} to {aside}, which nothing reads")
+        log.warn(f"going on from step {start.step}: moved {', '.join(moved)} to {aside}, which nothing reads")
     if not os.path.exists(os.path.join(folder, "best.pt")):
-        start["best"] = -1.0
+        start.best = -1.0
 
 
 def same_settings(ours: dict, theirs: dict, where: str) -> None:
@@ -83,35 +114,21 @@ def same_settings(ours: dict, theirs: dict, where: str) -> None:
         raise InputError(f"{where} is a run with --{name} {value}, not {ours[name]}; {advice}")
 
 
-def same_data(split, mean, state: dict, path: str, log) -> None:
-    """Raise InputError when a checkpoint was trained on other samples than those of `split`."""
+def same_data(ours: RunState, theirs: RunState, split: Split, path: str, log: RunLog) -> None:
+    """Raise InputError when a checkpoint, `theirs`, was trained on other samples than those of `split`."""
     other, advice = f"{path} was trained on other shards than {split.root}", "give the same --data or another --out"
-    if state["data"] != fingerprint(split):
+    if theirs.data != ours.data:
         raise InputError(f"{other}: their names or numbers of samples differ; {advice}")
-    ours = content(split)
-    theirs = [tuple(item) for item in state.get("content", [])] or [("", 0, "")] * len(ours)
-    for (name, size, sha256), (_, old_size, old_sha256) in zip(ours, theirs, strict=True):
+    before = [tuple(item) for item in theirs.content] or [("", 0, "")] * len(ours.content)
+    for (name, size, sha256), (_, old_size, old_sha256) in zip(ours.content, before, strict=True):
         if size and old_size and size != old_size or sha256 and old_sha256 and sha256 != old_sha256:
             raise InputError(f"{other}: {name} has another content; {advice}")
-    # In levels of 255. A mean colour is summed up anew on every start, perhaps by a CPU that rounds otherwise.
-    if not torch.allclose(state["mean"], mean, rtol=0, atol=1e-3):
+    # In levels of 255. A mean colour is summed up again at every start, perhaps by a CPU that rounds differently.
+    if not torch.allclose(theirs.mean, ours.mean, rtol=0, atol=1e-3):
         raise InputError(f"{other}: the mean image differs; {advice}")
-    if split.root != NAME and not all(a[2] and b[2] for a, b in zip(ours, theirs, strict=True)):
-        what = f"{split.name}.json of {split.root}" if not all(item[2] for item in ours) else path
+    if split.root != NAME and not all(a[2] and b[2] for a, b in zip(ours.content, before, strict=True)):
+        what = f"{split.name}.json of {split.root}" if not all(item[2] for item in ours.content) else path
         log.warn(f"{what} has no sha256 of the shards: only their names, sizes and numbers of samples were compared")
-
-
-def restore(path: str, model, optimizer) -> None:
-    """Load weights and velocities of a checkpoint, in place."""
-    put(checkpoint.load(path), model, optimizer)
-
-
-def put(state: dict, model, optimizer) -> None:
-    """Put weights and velocities of a checkpoint's content in place."""
-    model.load_state_dict(state["model"])
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            optimizer.velocity(param).copy_(state["velocity"][name])
 
 
 def content(split) -> list[tuple[str, int, str]]:

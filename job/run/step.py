@@ -1,8 +1,15 @@
-"""A rank's forward and backward pass: in plain PyTorch, or at the speed of the GPU (job.fast). Both do the same.
+"""A rank's training step: the network, its optimizer, the strategy among the ranks, and the forward and backward pass.
 
-In: a batch on the device. Out: its loss, and gradients that the strategy among the ranks has begun to average.
+In: a batch on the device. Out: its loss, and updated weights. `Step` makes its parts in the one order that works: the
+model, its optimizer, the strategy (which may wrap the optimizer or move the weights), the pass (whose CUDA graphs keep
+addresses). Passes compute in plain PyTorch, or at the speed of the GPU (job.fast), with the same result up to rounding.
 """
 
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,10 +17,128 @@ from torch import Tensor
 from job.batches.device import prepare
 from job.config import Config
 from job.fast import network as fast
-from job.network.alexnet import AlexNet
+from job.network.alexnet import AlexNet, build
 from job.network.sgd import LARS, FusedSGD, MomentumSGD, parameter_groups
-from job.ranks.average import Gradients, Weights
+from job.ranks.average import Gradients, Strategy, Weights
 from job.ranks.hybrid import Hybrid, HybridPass
+from job.run.timing import COMPUTE, EXPOSED, UPDATE
+
+
+class Step:
+    """One training step after another, on this rank's images of every batch.
+
+    Args:
+        config: settings, with the number of classes known.
+        kernels: "fast" or "plain".
+        images: images per step of this rank.
+        mean: mean image of the stored images, or None; see `job.batches.device.load_mean`.
+        together: the ranks act together as --parallel says; otherwise each trains for itself.
+
+    Attributes:
+        every: the ranks are equal after every multiple of this number of steps.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        kernels: str,
+        images: int,
+        mean: Tensor | None = None,
+        together: bool = True,
+    ):
+        set_determinism(config.deterministic)
+        set_precision(config.precision)
+        self._seed = config.seed
+        # Dropout draws from (seed, step, rank) alone: a resumed run draws what the undisturbed one would have drawn.
+        # Hybrid ranks compute parts of one network, so they draw the same numbers.
+        self._drawing = 0 if config.parallel == "hybrid" else hvd.rank()
+        self.model = build(config).to(device).train()
+        optimizer = _make_optimizer(config, self.model, kernels)
+        self._strategy = _make_strategy(config, self.model, optimizer, kernels) if together else Strategy(optimizer)
+        self._optimizer = self._strategy.optimizer
+        self.every = self._strategy.every
+        if isinstance(self._strategy, Hybrid):
+            self._pass = HybridPass(config, self.model, self._strategy, mean)
+        elif kernels == "fast":
+            self._pass = FastPass(config, self.model, self._strategy, mean, images)
+        else:
+            self._pass = PlainPass(config, self.model, self._strategy, mean)
+
+    def prepare(self, images: Tensor, offsets: Tensor, mirror: Tensor) -> Tensor:
+        """uint8 crops (N, S, S, 3) as input of the network; the next call may write over it.
+
+        Args:
+            offsets: int32 (N, 2), top and left of each crop in the stored image.
+            mirror: bool (N,), which to mirror.
+        """
+        return self._pass.prepare(images, offsets, mirror)
+
+    def run(self, images: Tensor, labels: Tensor, number: int, mark: Callable[[str], Any] = lambda _: None) -> Tensor:
+        """Make step `number`, counted from 0 over the whole run. Returns the loss; the next may overwrite it.
+
+        Args:
+            images: what `prepare` returned last.
+            labels: int64 (N,).
+            mark: called at the end of each section of the step with its name, as of job.run.timing.
+        """
+        loss = self._pass.run(images, labels, random_seed(self._seed, number, self._drawing))
+        mark(COMPUTE)
+        self._strategy.communicate()
+        mark(EXPOSED)
+        self._strategy.update()
+        mark(UPDATE)
+        self._strategy.after_update(number)
+        mark(EXPOSED)
+        return loss
+
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate of the weights for the next steps."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+
+    def make_equal(self) -> None:
+        """Make the state of all ranks equal and whole, before it is saved or validated. All ranks call it together."""
+        self._strategy.make_equal()
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors themselves, no copies: `model`, weights by name, and `velocity`, the optimizer's by parameter."""
+        return {"model": self.model.state_dict(), "velocity": dict(self._velocities())}
+
+    @torch.no_grad()
+    def load(self, model: dict[str, Tensor], velocity: dict[str, Tensor]) -> None:
+        """Copy a state into this rank's tensors. `share` gives it to the other ranks."""
+        self.model.load_state_dict(model)
+        for name, own in self._velocities():
+            own.copy_(velocity[name])
+
+    def share(self) -> None:
+        """Give the state of rank 0 to all ranks, which call it together."""
+        hvd.broadcast_parameters(self.model.state_dict(), root_rank=0)
+        hvd.broadcast_parameters(self._velocities(), root_rank=0)
+        self._optimizer.refresh()
+
+    def _velocities(self) -> list[tuple[str, Tensor]]:
+        return [(name, self._optimizer.velocity(p)) for name, p in self.model.named_parameters()]
+
+
+def _make_optimizer(config: Config, model: AlexNet, kernels: str) -> MomentumSGD:
+    kind = FusedSGD if kernels == "fast" else {"sgd": MomentumSGD, "lars": LARS}[config.optim.kind]
+    return kind(parameter_groups(model, config.optim), config.optim.lr, config.optim.momentum)
+
+
+def _make_strategy(config: Config, model: AlexNet, optimizer: MomentumSGD, kernels: str) -> Strategy:
+    if config.parallel == "hybrid":
+        return Hybrid(model, optimizer)
+    if config.parallel == "gradients":
+        return Gradients(model, optimizer, config.wire, autograd=kernels == "plain")
+    return Weights(model, optimizer, config.average_every)
+
+
+def random_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of a rank's random numbers in one step."""
+    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def set_precision(precision: str) -> None:
@@ -23,27 +148,17 @@ def set_precision(precision: str) -> None:
 
 
 def set_determinism(wanted: bool) -> None:
-    """Let CUDA's libraries choose the fastest way by trying, or only ways that give the same bits every time."""
+    """Let CUDA's libraries try which algorithm is fastest, or use only those that give the same bits every time."""
     torch.backends.cudnn.benchmark = not wanted
     torch.backends.cudnn.deterministic = wanted
     torch.use_deterministic_algorithms(wanted, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # all of it is written before it is read
 
 
-def make_optimizer(config: Config, model: AlexNet, kernels: str) -> MomentumSGD:
-    """The optimizer that goes with a pass."""
-    kind = FusedSGD if kernels == "fast" else {"sgd": MomentumSGD, "lars": LARS}[config.optim.kind]
-    return kind(parameter_groups(model, config.optim), config.optim.lr, config.optim.momentum)
-
-
 class PlainPass:
-    """Autograd, with gradients on the wire as soon as each is ready.
+    """Forward and backward pass with autograd; each gradient is sent as soon as it is ready."""
 
-    Args:
-        mean: mean image of the stored images, or None; see `job.batches.device.load_mean`.
-    """
-
-    def __init__(self, config: Config, model: AlexNet, strategy: Gradients | Weights, mean: Tensor | None):
+    def __init__(self, config: Config, model: AlexNet, strategy: Strategy, mean: Tensor | None):
         self._config, self._model, self._strategy, self._mean = config, model, strategy, mean
         self._device = next(model.parameters()).device
 
@@ -52,7 +167,7 @@ class PlainPass:
         return prepare(images, offsets, mirror, self._mean)
 
     def run(self, images: Tensor, labels: Tensor, seed: int) -> Tensor:
-        """Loss of a batch; afterwards the strategy has this rank's gradients. `seed` sets what dropout draws."""
+        """Loss of a batch; the strategy has this rank's gradients then. `seed` sets what dropout draws."""
         torch.manual_seed(seed)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bf16"):
             loss = F.cross_entropy(self._model(images), labels)
@@ -61,18 +176,11 @@ class PlainPass:
 
 
 class FastPass:
-    """`PlainPass` by the kernels of job.fast. Create it after model and optimizer: graphs keep their addresses."""
+    """`PlainPass` with the kernels of job.fast, for `images` images per step."""
 
-    def __init__(
-        self,
-        config: Config,
-        model: AlexNet,
-        strategy: Gradients | Weights,
-        mean: Tensor | None,
-        batch: int,
-    ):
+    def __init__(self, config: Config, model: AlexNet, strategy: Strategy, mean: Tensor | None, images: int):
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        self._network = fast.Network(model, batch, dtype)
+        self._network = fast.Network(model, images, dtype)
         self._strategy, self._mean = strategy, mean
         self._head_done = torch.cuda.Event()
         strategy.optimizer.copies.update(self._network.copies)
@@ -94,19 +202,3 @@ class FastPass:
         self._strategy.reduce(network.head_gradients, self._head_done)
         self._strategy.reduce(network.tail_gradients)
         return network.loss
-
-
-def make_pass(
-    config: Config,
-    model: AlexNet,
-    strategy: Gradients | Weights | Hybrid,
-    mean: Tensor | None,
-    kernels: str,
-    batch: int,
-) -> PlainPass | FastPass | HybridPass:
-    """The pass for `batch` images a step of this rank."""
-    if isinstance(strategy, Hybrid):
-        return HybridPass(config, model, strategy, mean)
-    if kernels == "fast":
-        return FastPass(config, model, strategy, mean, batch)
-    return PlainPass(config, model, strategy, mean)

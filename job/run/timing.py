@@ -1,18 +1,20 @@
-"""Where the time of a training step goes, and values that are read from a GPU without waiting for it.
+"""Where the time of a training step goes, how much of a GPU is used, and the loss, read without waiting for the GPU.
 
-In: marks at the ends of a step's sections. Out: seconds a section, over all steps. On a GPU the marks are CUDA events,
-recorded in the stream and read some steps later, when they have long passed.
+In: marks at the ends of a step's sections. Out: seconds per section, over all steps. On a GPU the marks are CUDA
+events, recorded in the stream and read some steps later, when they have long been reached.
 """
 
 import collections
+import ctypes
 import errno
+import functools
 import os
 import time
 from collections.abc import Callable
 
 import torch
 
-# Steps after which a GPU has certainly reached a mark, so that reading it does not stall the stream.
+# Steps after which a GPU has reached a mark for certain, so that reading it does not stall the stream.
 LAG = 2
 
 # Steps whose sections are kept one by one: enough for percentiles, little enough for a run of a million steps.
@@ -31,7 +33,7 @@ class StepTimer:
         self.totals: dict[str, float] = dict.fromkeys(SECTIONS, 0.0)
         self.rows: collections.deque[list[float]] = collections.deque(maxlen=KEPT_STEPS)  # seconds by SECTIONS
         self._steps: collections.deque[tuple] = collections.deque()
-        self._last = None  # mark at the end of the step before; None where something else came between
+        self._last = None  # mark at the end of the step before; None after a pause
 
     def _now(self):
         if not self.cuda:
@@ -41,7 +43,7 @@ class StepTimer:
         return event
 
     def start(self, wait_seconds: float) -> None:
-        """The batch is on the device. Of the time since the last step, `wait_seconds` went by until it was read."""
+        """The batch is on the device. Of the time since the last step, `wait_seconds` were spent waiting for it."""
         self._steps.append((self._last, wait_seconds, [("", self._now())]))
 
     def mark(self, section: str) -> None:
@@ -56,7 +58,7 @@ class StepTimer:
             self._add(*self._steps.popleft())
 
     def pause(self) -> None:
-        """What comes between this step and the next (a validation, a checkpoint) belongs to neither."""
+        """Count what comes before the next step (a validation, a checkpoint) as part of no step."""
         self._last = None
 
     def finish(self) -> dict[str, float]:
@@ -87,7 +89,8 @@ class StepTimer:
 class Trace:
     """Trace of `count` steps by torch's profiler, soon after the first step, in the format of chrome://tracing.
 
-    `attempt` (runlog.RunLog.attempt) calls the function that writes it, and reports its OSError.
+    Args:
+        attempt: calls the function that writes the file, and reports its OSError; see RunLog.attempt.
     """
 
     SKIP = 3  # first steps of a process are unlike the others
@@ -99,7 +102,7 @@ class Trace:
         self._profiler: torch.profiler.profile | None = None
 
     def before(self, step: int) -> None:
-        """To be called before each step."""
+        """Call it before each step."""
         if step == self._start < self._stop:
             self._profiler = torch.profiler.profile()
             self._profiler.start()
@@ -107,7 +110,7 @@ class Trace:
             self.close()
 
     def close(self) -> None:
-        """Write what has been traced, if that has not happened."""
+        """Write the trace, if that has not happened yet."""
         if self._profiler is not None:
             self._profiler.stop()
             self._attempt(os.path.basename(self._path), self._write)
@@ -115,7 +118,7 @@ class Trace:
 
     def _write(self) -> None:
         self._profiler.export_chrome_trace(self._path)
-        # The profiler keeps silent about a file that it could not write, or only in part.
+        # The profiler does not report a file that it could not write, or only in part.
         with open(self._path, "rb") as file:
             file.seek(-min(64, os.fstat(file.fileno()).st_size), os.SEEK_END)
             if not file.read().rstrip().endswith(b"}"):
@@ -138,16 +141,37 @@ class LateLoss:
         event = torch.cuda.Event()
         event.record()
         self._pending.append((host, event))
-        return self._ready(self.lag)
-
-    def drain(self) -> list[float]:
-        """The losses that are still outstanding."""
-        return self._ready(0)
-
-    def _ready(self, keep: int) -> list[float]:
         values = []
-        while len(self._pending) > keep:
+        while len(self._pending) > self.lag:
             host, event = self._pending.popleft()
             event.synchronize()
             values.append(host.item())
         return values
+
+
+class _Utilisation(ctypes.Structure):
+    _fields_ = [("gpu", ctypes.c_uint), ("memory", ctypes.c_uint)]  # nvmlUtilization_t, percent
+
+
+@functools.cache
+def _handle(device: torch.device):
+    """NVML, the library behind nvidia-smi, and its handle of the device; None without it."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        handle = ctypes.c_void_p()
+        name = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
+        if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)):
+            return None
+        return nvml, handle
+    except (OSError, AttributeError):
+        return None
+
+
+def gpu_use(device: torch.device) -> tuple[float, float]:
+    """Bytes of memory that this process holds, and the share of the last second in which kernels ran (-1: unknown)."""
+    if device.type != "cuda":
+        return 0.0, -1.0
+    found, use = _handle(device), _Utilisation()
+    if found is None or found[0].nvmlDeviceGetUtilizationRates(found[1], ctypes.byref(use)):
+        return float(torch.cuda.memory_reserved(device)), -1.0
+    return float(torch.cuda.memory_reserved(device)), use.gpu / 100

@@ -1,0 +1,105 @@
+"""Validation of a network: top-1, top-5 and loss over every sample of a split exactly once, on any number of ranks.
+
+In: a network with its own mean image and classes, and each rank's loader. Out: figures that are the same on all ranks.
+"""
+
+from collections.abc import Callable, Sequence
+
+import horovod.torch as hvd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from job.batches.device import prepare, to_device
+from job.batches.loader import Loader, too_many_bad
+from shards.errors import InputError
+from shards.format.split import Split, load_labels
+from shards.machine.progress import Progress
+
+
+def validate(
+    model: torch.nn.Module,
+    loader: Loader,
+    mean: Tensor,
+    device: torch.device,
+    precision: str,
+    give_up: Callable[[], bool] = lambda: False,
+    relabel: Tensor | None = None,
+) -> dict[str, float] | None:
+    """Accuracy of `model` on all samples of the ranks' loaders together.
+
+    Every rank calls it with its own part. One sum over the ranks at the end gives all of them the same figures.
+
+    Args:
+        mean: float32 (3, S, S), subtracted from the centre crop: the mean image that the network was trained with.
+        give_up: asked before each batch whether to end without a result.
+        relabel: int64, the network's label for each label of the split; None: they are the same.
+
+    Returns: top1 and top5 (fractions), loss (mean cross-entropy in nats), samples. None, on all ranks, when `give_up`
+        became true on one of them before its last batch.
+
+    Raises:
+        InputError: on all ranks, when more samples are invalid than the loader allows.
+    """
+    # Right in 1, right in 5, loss, samples, bad ones, ranks that gave up.
+    sums = torch.zeros(6, dtype=torch.float64, device=device)
+    shown = Progress(loader.split.nsamples, what="validation")  # rank 0 counts for all: they have equal shares
+    mean = mean.permute(1, 2, 0).contiguous().to(device)  # (S, S, 3)
+    # The crop's place in the stored image does not matter: the mean is that of the crop.
+    to_input = lambda images, offsets, mirror: prepare(images, torch.zeros_like(offsets), mirror, mean)  # noqa: E731
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            for batch, images, labels in to_device(loader, device, to_input):
+                labels = labels if relabel is None else relabel[labels]
+                if give_up():
+                    sums[5] = 1
+                    break
+                scores = model(images).float()  # (n, classes)
+                five = scores.topk(min(5, scores.shape[1]), dim=1).indices  # (n, 5)
+                hits = five == labels[:, None]
+                sums[0] += hits[:, 0].sum()
+                sums[1] += hits.sum()
+                sums[2] += F.cross_entropy(scores, labels, reduction="none").double().sum()
+                sums[3] += len(labels)
+                sums[4] += batch.bad
+                if hvd.rank() == 0:
+                    shown.add(min(len(labels) * hvd.size(), shown.total - shown.done))
+    finally:
+        shown.close()
+        model.train(was_training)
+    sums = hvd.allreduce(sums.cpu(), name="validation", op=hvd.Sum)
+    if sums[5]:
+        return None
+    bad = int(sums[4])
+    if bad > loader.max_bad_fraction * loader.split.nsamples:
+        raise InputError(too_many_bad(bad, loader.split, loader.max_bad_fraction))
+    top1, top5, loss = (sums[:3] / sums[3]).tolist()
+    return {"top1": top1, "top5": top5, "loss": loss, "samples": int(sums[3])}
+
+
+def match_classes(split: Split, known: Sequence[str], classes: int, path: str) -> Tensor | None:
+    """The network's label for each label of `split`, int64, or None where they are the same.
+
+    Args:
+        known: names of the network's classes; empty: not known.
+        classes: outputs of the network.
+
+    Raises:
+        InputError: a class of the split is none of the network's.
+    """
+    names, known = list(split.classes), list(known)
+    where = f"{split.name} of {split.root}"
+    if names and known and names != known:
+        unknown = next((name for name in names if known.count(name) != 1), None)
+        if unknown is not None:
+            raise InputError(
+                f"{where} has the class {unknown!r}, which is not one of the {len(known)} of {path}; give shards with "
+                "the names of classes that it was trained on, or correct `classes` in the index"
+            )
+        return torch.tensor([known.index(name) for name in names])
+    largest = len(names) or int(load_labels(split).max()) + 1
+    if largest > classes:
+        raise InputError(f"{where} has {largest} classes, the network of {path} has {classes}")
+    return None
