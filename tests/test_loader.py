@@ -22,6 +22,7 @@ from PIL import Image
 from job.batches import loader as loader_module
 from job.batches.loader import Loader
 from job.batches.order import Order, batch_positions
+from job.batches.workers import Workers
 from shards.errors import InputError
 from shards.format.split import load_split, save_column
 from shards.read import fastjpeg, reader
@@ -249,7 +250,7 @@ def test_batch_can_be_read_after_close(split):
 
 def test_memory_is_bounded(tmp_path, monkeypatch):
     split = write_split(tmp_path, [1], 256)
-    monkeypatch.setattr(Loader, "_start_worker", lambda self: None)  # their number alone matters here
+    monkeypatch.setattr(Workers, "_start", lambda self: None)  # their number alone matters here
     for workers, slots in ((0, 3), (8, 5), (32, 5)):
         with make(split, crop=227, global_batch=512, workers=workers) as loader:
             assert loader.nbytes <= slots * 512 * 227 * 227 * 3 * 1.001

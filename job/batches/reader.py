@@ -1,8 +1,8 @@
 """A reader process of a rank: reads, decodes and crops images into the batch slots of a shared memory.
 
 In: tasks over a socket, (slot, first row, rows), with the samples' numbers in the slot. Out: pixels in the slot and a
-message that they are there. `Slots` and `Decoder` also serve job.batches.loader in the rank's own process. torch is not
-imported here, so that a worker starts in a fraction of a second.
+message that they are there. job.batches.loader uses `Slots` and `Decoder` in the rank's own process, too. torch is not
+imported here, so that a reader starts in a fraction of a second.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from shards.read import fastjpeg
 from shards.read.images import BadImage, as_rgb, decode, fit_image, simplejpeg
 from shards.read.reader import DamagedSample, ShardReader
 
-# Short side to which images of no fixed size are scaled, relative to the crop: as 256 to AlexNet's 227.
+# Short side to which images without a fixed size are scaled, relative to the crop: like 256 to AlexNet's 227.
 _RESIZE = 256 / 227
 
 # Messages, both ways in one SOCK_SEQPACKET each: what, slot, first row, rows (BAD: sample number), and text.
@@ -33,13 +33,13 @@ _HEAD = struct.Struct("<4q")
 DONE, BAD, WRONG_INPUT, FAILED = range(4)
 _MESSAGE_BYTES = 1 << 15
 
-# How often a worker without work looks whether its rank still lives. The socket says so at once, unless some other
+# How often a reader without work checks that its rank still lives. The socket says so at once, unless some other
 # process inherited the rank's end of it.
 _IDLE_SECONDS = 1.0
 
 
 def pack_message(what: int, slot: int, first: int, count: int, text: str = "") -> bytes:
-    """A message of fixed size, with a text behind it."""
+    """Four numbers and a text as one message."""
     return _HEAD.pack(what, slot, first, count) + text.encode("utf-8", "replace")[: _MESSAGE_BYTES - _HEAD.size]
 
 
@@ -48,12 +48,12 @@ def unpack_message(message: bytes) -> tuple[int, int, int, int, str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """What a worker needs to know besides its tasks."""
+class ReaderConfig:
+    """What a reader process needs to know besides its tasks."""
 
     split: Split
     crop: int
-    rows: int  # images a slot
+    rows: int  # images per slot
     slots: int
     random_crop: bool
     cores: tuple[int, ...] = ()  # to run on; empty: any
@@ -62,7 +62,7 @@ class Job:
         return json.dumps(dataclasses.asdict(self)).encode()
 
     @classmethod
-    def from_json(cls, data: bytes) -> "Job":
+    def from_json(cls, data: bytes) -> "ReaderConfig":
         fields = json.loads(data)
         split = fields.pop("split")
         split["classes"] = tuple(split["classes"])
@@ -82,15 +82,13 @@ class Slots:
     words: np.ndarray  # uint64 random word of the sample
     offsets: np.ndarray  # int32 (.., 2) top and left of the crop; from the worker where images have no fixed size
     # From the worker.
-    used: (
-        np.ndarray
-    )  # int64 number in the split of the sample that came: another one where that was damaged; -1: none yet
+    used: np.ndarray  # int64 number of the sample that came: another than `samples` if that was damaged; -1: none yet
     # From the rank for itself.
     labels: np.ndarray  # int64
     mirror: np.ndarray  # bool
 
-    def __init__(self, memory: mmap.mmap, job: Job):
-        n, rows, crop = job.slots, job.rows, job.crop
+    def __init__(self, memory: mmap.mmap, config: ReaderConfig):
+        n, rows, crop = config.slots, config.rows, config.crop
         stride = _round_up(rows * crop * crop * 3)
         pixels = np.frombuffer(memory, np.uint8, n * stride).reshape(n, stride)
         self.images = pixels[:, : rows * crop * crop * 3].reshape(n, rows, crop, crop, 3)
@@ -101,9 +99,11 @@ class Slots:
             at += _round_up(count * np.dtype(dtype).itemsize)
 
     @staticmethod
-    def nbytes(job: Job) -> int:
-        columns = sum(_round_up(job.slots * job.rows * int(np.prod(s)) * np.dtype(d).itemsize) for _, d, s in _COLUMNS)
-        return job.slots * _round_up(job.rows * job.crop * job.crop * 3) + columns
+    def nbytes(config: ReaderConfig) -> int:
+        """Bytes that the slots of a reader's settings take."""
+        rows = config.slots * config.rows
+        columns = sum(_round_up(rows * int(np.prod(shape)) * np.dtype(dtype).itemsize) for _, dtype, shape in _COLUMNS)
+        return config.slots * _round_up(config.rows * config.crop * config.crop * 3) + columns
 
 
 _COLUMNS = (
@@ -121,15 +121,18 @@ def _round_up(size: int) -> int:
 
 
 class Decoder:
-    """Fills rows of slots. A sample that cannot be used is replaced by the next of its shard that can, the first
-    following the last: the same on any worker and any rank."""
+    """Fills rows of slots.
 
-    def __init__(self, job: Job, slots: Slots):
-        self._job = job
+    A sample that cannot be used is replaced by the next one of its shard that can (after the last comes the first), so
+    the replacement is the same in any process and on any rank.
+    """
+
+    def __init__(self, config: ReaderConfig, slots: Slots):
+        self._config = config
         self._slots = slots
-        self._reader = ShardReader(job.split)
-        self._ends = np.cumsum([shard.nsamples for shard in job.split.shards])
-        split = job.split
+        self._reader = ShardReader(config.split)
+        self._ends = np.cumsum([shard.nsamples for shard in config.split.shards])
+        split = config.split
         self._fixed = (split.height, split.width) if split.height and split.width else None
         self._scratch = np.empty((*(self._fixed or (0, 0)), 3), np.uint8)
         self._fast = fastjpeg.decoder() if self._fixed and split.encoding != "raw" else None
@@ -147,7 +150,7 @@ class Decoder:
         rows = slice(first, first + count)
         samples = self._slots.samples[slot, rows]
         shards = np.searchsorted(self._ends, samples, "right")
-        inside = samples - (self._ends[shards] - np.array([self._job.split.shards[s].nsamples for s in shards]))
+        inside = samples - (self._ends[shards] - np.array([self._config.split.shards[s].nsamples for s in shards]))
         replaced = []
         for row, shard, number in zip(range(first, first + count), shards.tolist(), inside.tolist(), strict=True):
             if not alive():
@@ -165,11 +168,15 @@ class Decoder:
     def name(self, sample: int) -> str:
         """How to call a sample in a message: its shard and its number there."""
         shard = int(np.searchsorted(self._ends, sample, "right"))
-        inside = sample - int(self._ends[shard]) + self._job.split.shards[shard].nsamples
-        return f"sample {inside} of {self._job.split.path(self._job.split.shards[shard].url)}"
+        inside = sample - int(self._ends[shard]) + self._config.split.shards[shard].nsamples
+        return f"sample {inside} of {self._config.split.path(self._config.split.shards[shard].url)}"
+
+    def name_at(self, slot: int, row: int) -> str:
+        """How to call the sample that is wanted in a row."""
+        return self.name(int(self._slots.samples[slot, row]))
 
     def _replace(self, slot: int, row: int, shard: int, number: int) -> int:
-        count = self._job.split.shards[shard].nsamples
+        count = self._config.split.shards[shard].nsamples
         for step in range(1, count):
             other = (number + step) % count
             try:
@@ -177,12 +184,12 @@ class Decoder:
                 return other
             except (DamagedSample, BadImage):
                 continue
-        path = self._job.split.path(self._job.split.shards[shard].url)
+        path = self._config.split.path(self._config.split.shards[shard].url)
         raise InputError(f"not one image of {path} can be decoded; pack that shard again", everywhere=False)
 
     def _place(self, slot: int, row: int, data: memoryview) -> None:
         """Decode an image's crop into a row, or copy it there: the only copy of a pixel on the CPU after decoding."""
-        crop, images = self._job.crop, self._slots.images
+        crop, images = self._config.crop, self._slots.images
         if self._fixed is not None:
             top, left = self._slots.offsets[slot, row].tolist()
             address = self._address + slot * images.strides[0] + row * images.strides[1]
@@ -194,7 +201,7 @@ class Decoder:
         image = decode(data, size)
         image = as_rgb(fit_image(image, size, "none"))
         height, width = image.shape[:2]
-        if self._job.random_crop:
+        if self._config.random_crop:
             corner = crop_corner(self._slots.words[slot, row], height, width, crop)
         else:
             corner = (height - crop) // 2, (width - crop) // 2
@@ -203,7 +210,7 @@ class Decoder:
 
     def _pixels(self, data: memoryview) -> np.ndarray:
         """(H, W, 3) uint8 of an image of a split whose images all have one size. Valid until the next call."""
-        if self._job.split.encoding == "raw":
+        if self._config.split.encoding == "raw":
             if len(data) != self._scratch.size:
                 raise BadImage(f"{len(data)} bytes, not {self._scratch.size}")
             return np.frombuffer(data, np.uint8).reshape(self._scratch.shape)
@@ -213,10 +220,10 @@ class Decoder:
                 if image.shape == self._scratch.shape:
                     return image
             except ValueError:
-                pass  # not a JPEG, larger than the others, or damaged: the general way finds out which
+                pass  # not a JPEG, larger than the others, or damaged: `decode` finds out which
         height, width = self._fixed
         image = decode(bytes(data), max(height, width))
-        if image.shape[:2] != self._fixed:  # a foreign one among them: its middle, scaled to cover the common size
+        if image.shape[:2] != self._fixed:  # of another size than the rest: its middle, scaled to cover the common size
             scale = max(height / image.shape[0], width / image.shape[1])
             image = fit_image(image, max(min(height, width), round(min(image.shape[:2]) * scale)), "none")
             top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
@@ -236,10 +243,10 @@ def main() -> None:
     poll.register(channel, select.POLLIN)
     descriptor, total, about = (int(word) for word in sys.argv[2:5])
     memory = mmap.mmap(descriptor, total)
-    job = Job.from_json(memory[total - about :])
-    if job.cores:
-        os.sched_setaffinity(0, job.cores)
-    decoder = Decoder(job, Slots(memory, job))
+    config = ReaderConfig.from_json(memory[total - about :])
+    if config.cores:
+        os.sched_setaffinity(0, config.cores)
+    decoder = Decoder(config, Slots(memory, config))
 
     def alive() -> bool:
         return os.getppid() == rank
@@ -263,7 +270,7 @@ def main() -> None:
             channel.sendall(answer)
         except OSError:
             break  # the rank has gone
-    os._exit(0)  # nothing to tidy up, and the memory is the rank's
+    os._exit(0)  # nothing to clean up: the memory is the rank's
 
 
 if __name__ == "__main__":

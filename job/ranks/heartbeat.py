@@ -43,6 +43,7 @@ ELASTIC = os.environ.get("HOROVOD_ELASTIC") == "1"
 _HELLO = struct.Struct("!16sI")  # the job's token, rank
 _STARTING, _ALIVE, _ENDING = b"\x01", b"\x02", b"\x03"
 _WAITING = b"\x04"  # after one of the first two, and followed by the place: for STILL seconds in one call of Horovod
+_READING = ("loader.py", "workers.py")  # of job.batches: the main thread waits for data there
 _HERE = os.path.join(ROOT, "job", "")
 _HOROVOD = os.path.dirname(os.path.abspath(horovod.__file__))
 
@@ -189,7 +190,7 @@ class _Own:
             self._value, self._since = value, now
             return ""
         # Whoever waits for data is the cause; whoever waits for a GPU may wait for the others by way of it.
-        limit = STILL if "loader.py" in at else STILL + 10
+        limit = STILL if at.startswith(_READING) else STILL + 10
         if not self._moved or "checkpoint.py" in at:
             limit = PATIENT
         limit = max(limit, min(SLOW_FACTOR * self._longest, PATIENT))
