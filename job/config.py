@@ -1,7 +1,7 @@
-"""The settings of a training run: what there is, where each value comes from, and how it is written down.
+"""The settings of a training run: all options, where their values come from, and how they are written to files.
 
-In: a recipe (YAML, flat keys such as `optim.lr`) and the command line, which wins over the recipe, which wins over the
-defaults below. Out: a `Config`, and the flat dictionary that `config.yaml` and every checkpoint hold.
+In: a recipe (YAML, flat keys such as `optim.lr`) and the command line. The command line wins over the recipe, the
+recipe over the defaults below. Out: a `Config`, and the flat dictionary that `config.yaml` and every checkpoint hold.
 """
 
 import argparse
@@ -12,13 +12,17 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import yaml
+
 from shards.command import Parser
 from shards.errors import InputError, nearest
+from shards.machine.files import write_whole
 
 RECIPES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "recipes")
 
 
 def setting(default: Any, help: str) -> Any:
+    """A field of a dataclass, with the text that --help shows for it."""
     return field(default=default, metadata={"help": help})
 
 
@@ -69,12 +73,12 @@ class Config:
     out: str = setting("", "run directory; default runs/<recipe>")
     epochs: int = setting(65, "epochs to train")
     max_steps: int = setting(0, "stop after this many steps, even inside an epoch; 0: no limit")
-    global_batch: int = setting(256, "images a step, over all ranks")
+    global_batch: int = setting(256, "images per step, over all ranks")
     seed: int = setting(1, "seed of initial weights, data order, crops, mirroring and dropout")
-    workers: int = setting(-1, "reader processes a rank; -1: from the cores given to the job; 0: read in the rank")
+    workers: int = setting(-1, "reader processes per rank; -1: from the cores given to the job; 0: read in the rank")
     parallel: Literal["gradients", "weights", "hybrid"] = setting(
         "gradients",
-        "what the ranks average: gradients before, or weights and momenta after the update; hybrid: gradients of the "
+        "what the ranks average: gradients before, or weights and momentum after the update; hybrid: gradients of the "
         "convolutions, with fc6 to fc8 split among the ranks",
     )
     average_every: int = setting(
@@ -125,9 +129,9 @@ ONLY_WITH = {
     "optim.poly-power": ("optim.schedule", ("poly",)),
 }
 
-# Settings that may differ between a run and its continuation: none of them changes what is computed at a given step.
-# `epochs` may too, but for SCHEDULES_TO_THE_END. Device and kernels decide how sums are rounded and which units dropout
-# drops: a change of them is reported when a run goes on.
+# Settings that may change when a run is resumed: none of them changes what is computed at a given step. `epochs` may
+# change, too, except with SCHEDULES_TO_THE_END. Device and kernels decide how sums are rounded and which units dropout
+# drops: when they change, that is reported.
 MAY_CHANGE = frozenset(
     "recipe data out max-steps workers resume device checkpoint-every checkpoint-keep eval-every commit-every "
     "log-every kernels timeline profile metrics.textfile data.max-bad-fraction".split()
@@ -151,7 +155,7 @@ LEAVES = _leaves()
 
 
 def convert(name: str, value: Any, where: str) -> Any:
-    """`value`, from YAML or the command line, as the type of setting `name`. Raises InputError naming `where`."""
+    """`value`, from YAML or the command line, in the type of setting `name`. Raises InputError naming `where`."""
     kind = LEAVES[name][1].type
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
@@ -179,8 +183,6 @@ def read_flat(path: str) -> dict[str, Any]:
     Raises:
         InputError: unreadable file, or a key that no setting has (the nearest one is named).
     """
-    import yaml
-
     try:
         with open(path, encoding="utf-8") as file:
             fields = yaml.safe_load(file) or {}
@@ -198,7 +200,7 @@ def read_flat(path: str) -> dict[str, Any]:
 
 
 def recipe_path(recipe: str) -> str:
-    """File of a recipe given by name or by path. Raises InputError with the names that there are."""
+    """Path of a recipe given by name or by path. Raises InputError with the existing names."""
     if recipe.endswith((".yaml", ".yml")):
         if not os.path.isfile(recipe):
             raise InputError(f"no recipe file {recipe}")
@@ -212,7 +214,7 @@ def recipe_path(recipe: str) -> str:
 
 
 def parser(prog: str, description: str) -> Parser:
-    """Parser with one option for each setting; options that are not given are absent from the result."""
+    """Parser with one option per setting; options that are not given are missing in its result."""
     result = Parser(
         prog=prog,
         description=description,
@@ -223,7 +225,7 @@ def parser(prog: str, description: str) -> Parser:
         kind = leaf.type
         metavar = {int: "N", float: "X", bool: "true|false", str: "TEXT"}.get(kind) or "|".join(typing.get_args(kind))
         default = "" if leaf.default == "" else f" [{str(leaf.default).lower()}]"
-        # Given once as typed, and converted by `convert`, so that recipe and command line have the same errors.
+        # A text here; `convert` converts it, so that recipe and command line have the same errors.
         text = leaf.metadata["help"].replace("%", "%%") + default
         bare = {"nargs": "?", "const": "true"} if kind is bool else {}
         result.add_argument(f"--{name}", dest=name, metavar=metavar, help=text, **bare)
@@ -244,7 +246,7 @@ def parse(arguments: list[str] | None, prog: str, description: str) -> Config:
 
 
 def from_flat(values: dict[str, Any], where: str = "settings") -> Config:
-    """Config with the settings of `values` (flat names); the rest are defaults. Raises InputError naming `where`."""
+    """Config with the settings of `values` (option names); the rest are defaults. Raises InputError naming `where`."""
     config = Config()
     if not isinstance(values, dict):
         raise InputError(f"{where} holds no settings of job.train")
@@ -259,9 +261,9 @@ def from_flat(values: dict[str, Any], where: str = "settings") -> Config:
 
 
 def refuse_ignored(flat: dict[str, Any], given: dict[str, Any], recipe: dict[str, Any]) -> None:
-    """Raise InputError for a setting that was given, is not the default, and would change nothing.
+    """Raise InputError for a setting that was given, is not the default, and would have no effect.
 
-    Not for one of a recipe which the command line has made idle: `--recipe large-batch --optim.kind sgd`.
+    Except for one of the recipe that the command line made ineffective: `--recipe large-batch --optim.kind sgd`.
     """
     defaults = to_flat(Config())
     for name, (other, values) in ONLY_WITH.items():
@@ -279,14 +281,14 @@ def with_classes(config: Config, classes: int) -> Config:
 
 
 def to_flat(config: Config) -> dict[str, Any]:
-    """Flat dictionary of every setting, resolved, as config.yaml holds it."""
+    """Every setting by option name, as config.yaml holds them."""
     return {
         name: getattr(getattr(config, group) if group else config, leaf.name) for name, (group, leaf) in LEAVES.items()
     }
 
 
 def check(config: Config) -> None:
-    """Raise InputError for a value that no run can have."""
+    """Raise InputError for an invalid value."""
     if not config.data:
         raise InputError("--data is missing: give the folder of shards that python -m shards.pack wrote")
     limits = [
@@ -321,18 +323,16 @@ def check(config: Config) -> None:
         if not good:
             raise InputError(f"--{name} is {to_flat(config)[name]}; it must be {wanted}")
     if config.parallel == "hybrid" and config.optim.kind == "lars":
-        raise InputError("--parallel hybrid has no rank with a whole layer, whose norm LARS needs; use gradients")
+        raise InputError(
+            "LARS needs the norm of a whole layer, and with --parallel hybrid no rank has one; use gradients"
+        )
     if config.parallel == "weights" and config.optim.kind == "lars":
         raise InputError(
-            "--parallel weights averages what each rank's update made, and LARS is not linear in the gradient; "
-            "use --parallel gradients, or --optim.kind sgd"
+            "--parallel weights averages the weights after each rank's update, and that of LARS is not linear in the "
+            "gradient; use --parallel gradients, or --optim.kind sgd"
         )
 
 
 def write_yaml(values: dict[str, Any], path: str) -> None:
     """Write flat settings as YAML, in the order of the help."""
-    import yaml
-
-    from shards.machine.files import write_whole
-
     write_whole(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())

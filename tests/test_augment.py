@@ -170,9 +170,9 @@ def test_mean_image_of_a_split(tmp_path):
     "mean,message",
     [
         (np.zeros((10, 12, 3), np.float32), "is 12x10, the images are 12x12"),
-        (np.zeros((12, 12), np.float32), "is no mean image"),
-        (np.full((12, 12, 3), np.nan, np.float32), "is no mean image"),
-        (np.zeros((12, 12, 3), "U1"), "is no mean image"),
+        (np.zeros((12, 12), np.float32), "is not a mean image"),
+        (np.full((12, 12, 3), np.nan, np.float32), "is not a mean image"),
+        (np.zeros((12, 12, 3), "U1"), "is not a mean image"),
     ],
 )
 def test_wrong_mean_image_is_refused(tmp_path, mean, message):

@@ -1,7 +1,7 @@
-"""From a batch of uint8 crops to what the network takes: mirror, mean image, cast and layout, on the training device.
+"""From a batch of uint8 crops to the input of the network: mirror, mean image, cast and layout, on the training device.
 
 In: batches of job.batches.loader. Out: float images (N, 3, H, W) and labels on the device. On CUDA the copy runs on a
-stream of its own beside training, and the rest is one pass of a Triton kernel; elsewhere, and to test it against, plain
+separate stream during training, and the rest is one Triton kernel. On a CPU, and to test the kernel, it is plain
 PyTorch.
 """
 
@@ -17,7 +17,7 @@ from shards.format.split import Split, parse_npy
 from shards.machine.caches import triton_lacks
 from shards.machine.files import read_file
 
-_BLOCK = 1024  # values of an image that one Triton program makes
+_BLOCK = 1024  # values of an image per Triton program
 
 
 def load_mean(split: Split, device: torch.device | str = "cpu") -> torch.Tensor | None:
@@ -34,7 +34,7 @@ def load_mean(split: Split, device: torch.device | str = "cpu") -> torch.Tensor 
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the mean image {path}: {error}; pack the split again") from None
     if mean.ndim != 3 or mean.shape[2] != 3 or mean.dtype.kind != "f" or not np.isfinite(mean).all():
-        raise InputError(f"{path} is no mean image: {mean.dtype} of shape {mean.shape}, not float32 (H, W, 3)")
+        raise InputError(f"{path} is not a mean image: {mean.dtype} of shape {mean.shape}, not float32 (H, W, 3)")
     if not (split.height and split.width):
         mean = mean.mean(axis=(0, 1), keepdims=True)
     elif mean.shape[:2] not in ((split.height, split.width), (1, 1)):
@@ -89,7 +89,7 @@ def prepare_plain(images, offsets, mirror, mean, dtype=torch.float32, channels_l
         columns = (offsets[:, 1:] + index)[:, None, :]  # (N, 1, crop)
         x -= mean[rows, columns]
     elif mean is not None:
-        # Slices instead of a gather: a third of the time on a CPU, and no second batch of floats.
+        # Slices instead of a gather take a third of the time on a CPU, and no second batch of floats.
         for image, (top, left) in zip(x, offsets.tolist(), strict=True):
             image -= mean[top : top + crop, left : left + crop]
     x = torch.where(mirror[:, None, None, None], x.flip(2), x).to(dtype).permute(0, 3, 1, 2)  # (N, 3, crop, crop)
@@ -97,7 +97,7 @@ def prepare_plain(images, offsets, mirror, mean, dtype=torch.float32, channels_l
 
 
 def prepare_triton(images, offsets, mirror, mean, dtype=torch.float32, channels_last=False) -> torch.Tensor:
-    """`prepare` as one Triton kernel: reads a pixel once and writes it once: 5 to 9 bytes a value, not about 40."""
+    """`prepare` as one Triton kernel, which reads and writes a pixel once: 5 to 9 bytes per value, not 40."""
     n, crop = images.shape[:2]
     layout = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty((n, 3, crop, crop), dtype=dtype, device=images.device, memory_format=layout)
@@ -137,10 +137,10 @@ def to_device(
     """(batch, images, labels) of each batch: `prepare`d images and int64 labels on the device.
 
     Args:
-        prepare: from a batch's images, offsets and mirror on the device to what the network takes.
+        prepare: makes the network's input of a batch's images, offsets and mirror, which are on the device.
 
-    On CUDA: a batch is copied on a stream of its own while the device works on the one before, from pinned memory
-    (Loader(pin=True)) into one of two buffers in turn. The host waits for nothing but the copy before last.
+    On CUDA a batch is copied on a separate stream while the device works on the one before, from pinned memory
+    (Loader(pin=True)) into one of two buffers in turn. The host waits only for the copy before last.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -165,7 +165,7 @@ def to_device(
             compute = torch.cuda.current_stream(device)
             if not buffers[turn]:
                 buffers[turn] = [torch.empty_like(part, device=device) for part in parts]
-                side.wait_stream(compute)  # which may still be using what lay in that memory before
+                side.wait_stream(compute)  # which may still be using the memory's last contents
             on_device = [buffer[: len(part)] for buffer, part in zip(buffers[turn], parts, strict=True)]
             with torch.cuda.stream(side):
                 side.wait_event(used[turn])

@@ -1,7 +1,7 @@
-"""Which sample comes when: the order of the training data as a function of seed, epoch and position alone.
+"""Which sample comes when: the order of the training data depends on seed, epoch and position only.
 
-In: the number of samples of each shard, a seed, positions in the stream of the whole run. Out: the sample at each
-position, and the random crop and mirror of a sample. Any position is found at once, without going through those before.
+In: the number of samples of each shard, a seed, positions in the whole run. Out: the sample at each position, and the
+random crop and mirror of a sample. Any position is found directly, without going through those before it.
 """
 
 import dataclasses
@@ -9,16 +9,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Shards are permuted in blocks of at most this part of a shuffle window, so that a window mixes samples of several
-# places of the data set even where a shard holds one class only; a block of 256 JPEGs is still a 6 MB read.
-_BLOCKS_A_WINDOW = 4
-# ... and of at most this part of a stream, so that a small data set is mixed over all of its streams.
-_BLOCKS_A_STREAM = 8
+# Shards are permuted in blocks. At least so many blocks make a shuffle window, so that it mixes samples from several
+# places of the data set even where a shard holds only one class. A block of 256 JPEG files is still a 6 MB read.
+_BLOCKS_PER_WINDOW = 4
+# And at least so many make a stream, so that a small data set is mixed over all of its streams.
+_BLOCKS_PER_STREAM = 8
 
-_KEEP_EPOCHS = 3  # tables kept: more than a batch at an epoch's end needs
+_KEEP_EPOCHS = 3  # tables in memory: more than a batch at the end of an epoch needs
 _KEEP_WINDOWS = 6
 
-# First word of Philox's counter, so that no two uses draw the same numbers.
+# Second word of Philox's counter, so that two uses never draw the same numbers.
 _BLOCKS, _WINDOWS = 1, 2
 
 _U64 = (1 << 64) - 1
@@ -35,9 +35,9 @@ class _Epoch:
 class Order:
     """The samples of a split in the order of each epoch.
 
-    Position p of an epoch belongs to canonical stream p % streams and is number p // streams in it. The epoch's
-    sequence is all blocks of all shards, permuted; the streams are equal cuts of it; each is shuffled within windows of
-    `window` samples. A stream is thus read from few places at a time, and nothing depends on the number of ranks.
+    The sequence of an epoch is all blocks of all shards, permuted. It is cut into `streams` equal parts, and each part
+    is shuffled within windows of `window` samples. Position p of the epoch belongs to stream p % streams and is number
+    p // streams in it. So each stream reads from few places at a time, and nothing depends on the number of ranks.
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, window: int = 1024, streams: int = 64):
@@ -50,7 +50,7 @@ class Order:
         self.window = window
         self.streams = streams
         self._seed = int(seed) & _U64
-        block = max(1, min(window // _BLOCKS_A_WINDOW, self.nsamples // (_BLOCKS_A_STREAM * streams)))
+        block = max(1, min(window // _BLOCKS_PER_WINDOW, self.nsamples // (_BLOCKS_PER_STREAM * streams)))
         ends = np.cumsum(sizes)
         cuts = [np.arange(end - size, end, block) for size, end in zip(sizes, ends, strict=True)]
         self._block_first = np.concatenate(cuts)  # sample number of each block's first sample
@@ -66,7 +66,7 @@ class Order:
         stream, number = positions % self.streams, positions // self.streams
         window, place = number // self.window, number % self.window
         inside = np.empty_like(place)
-        for w in np.unique(window):  # one, or two where a batch crosses a border: all streams advance together
+        for w in np.unique(window):  # one, or two where a batch crosses a border, since all streams advance together
             chosen = window == w
             inside[chosen] = self._shuffle(epoch, int(w))[stream[chosen], place[chosen]]
         return self._sequence(epoch, self._starts[stream] + window * self.window + inside)
@@ -94,7 +94,7 @@ class Order:
         """Permutation of each stream within its window number `window`: (streams, longest)."""
         table = self._windows.get((epoch, window))
         if table is None:
-            # Streams differ by one in length, so at most the last column of the table lies behind a stream's end.
+            # Streams differ by one in length, so at most the last column of the table is past a stream's end.
             left = np.minimum(self._lengths - window * self.window, self.window)
             table = _permutation(_philox(self._seed, _WINDOWS, epoch, window), self.streams, int(left.max()), left)
             _keep(self._windows, (epoch, window), table, _KEEP_WINDOWS)
@@ -109,10 +109,9 @@ def _keep(cache: dict, key, value, limit: int):
 
 
 def _philox(seed: int, use: int, epoch: int, window: int) -> np.random.Philox:
-    """Counter-based random numbers: nothing has to be drawn before those of this epoch and window.
+    """Counter-based random numbers: those of an epoch and window can be drawn without any before them.
 
-    Only raw words are taken from it: numpy promises them to stay the same from version to version, and does not
-    promise that for permutation() and its like.
+    Use its raw words only: numpy promises that they stay the same in every version, and not so for permutation().
     """
     return np.random.Philox(counter=[0, use, epoch, window], key=[seed, 0])
 
@@ -121,7 +120,7 @@ def _permutation(random: np.random.Philox, rows: int, n: int, lengths: np.ndarra
     """`rows` permutations of 0..n-1, or in row r of 0..lengths[r]-1 followed by the rest. (rows, n) int64."""
     keys = random.random_raw(rows * n).reshape(rows, n)
     if lengths is not None:
-        keys[np.arange(n) >= lengths[:, None]] = _U64  # last, and the stable sort leaves them behind an equal key
+        keys[np.arange(n) >= lengths[:, None]] = _U64  # last, and the stable sort keeps them after an equal key
     return np.argsort(keys, axis=1, kind="stable")
 
 

@@ -1,7 +1,7 @@
-"""Training data of noise, for measuring all but reading: `--data synthetic`.
+"""Noise as training data, to measure everything except reading: `--data synthetic`.
 
-In: image size and batch of this rank. Out: a split of ImageNet's size in name only, and a loader that hands out the
-same batch in every step, from (on CUDA: pinned) memory.
+In: image size and batch of this rank. Out: a split without files, as long as ImageNet, and a loader that returns the
+same batch in every step, from memory that is pinned on CUDA.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ def synthetic_split(classes: int) -> Split:
 
 
 class SyntheticLoader:
-    """Endless batches of this rank, as `job.batches.loader.Loader` makes them; no time is spent on them."""
+    """Endless batches of this rank, like those of `job.batches.loader.Loader`, without spending time on them."""
 
     def __init__(
         self,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from job.config import Config
 
-LRN_SIZE = 5  # channels that normalise one another
+LRN_SIZE = 5  # neighbouring channels that are summed
 LRN_K = 2.0
-LRN_ALPHA = 1e-4  # factor of the sum over LRN_SIZE channels
+LRN_ALPHA = 1e-4  # factor of that sum
 LRN_BETA = 0.75
 
 
@@ -26,7 +26,7 @@ def lrn(x: Tensor) -> Tensor:
 
 
 def pool(x: Tensor) -> Tensor:
-    """Overlapping max-pooling, 3x3 windows two apart; a rest that fills no window is left out."""
+    """Overlapping max-pooling: 3x3 windows, stride 2, no padding (floor mode). (N, C, H, W) -> (N, C, H', W')."""
     return F.max_pool2d(x, kernel_size=3, stride=2)
 
 
@@ -49,9 +49,9 @@ class AlexNet(nn.Module):
         dropout: probability with which an output of fc6 and fc7 is zeroed in training.
         width: factor on the channels of every hidden layer (1: the published network).
         batch_norm: AlexNet-BN. You, Gitman and Ginsburg (arXiv:1708.03888) put batch normalisation in the place of LRN;
-            Jia et al. (arXiv:1807.11205) add one behind the last pool, whose outputs they saw grow as training goes on
-            in large batches. Here: between each convolution and its ReLU, and behind the last pool; none in fc6 and
-            fc7, which keep their dropout. Convolutions have no biases then, for the normalisation takes them out again.
+            Jia et al. (arXiv:1807.11205) add one after the last pool, whose outputs they saw grow during training with
+            large batches. Here: between each convolution and its ReLU, and after the last pool; none in fc6 and fc7,
+            which keep their dropout. Convolutions have no biases then, since the normalisation would remove them.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class AlexNet(nn.Module):
         """Weights from N(0, 0.01), fc6 and fc7 from N(0, 0.005); biases 0.1 in conv 2, 4, fc 6, 7, else 0.
 
         In a network of another width, a unit with w times the published inputs gets weights of 1/sqrt(w) times the
-        published spread, so that signals keep their size; narrow networks would not start to learn without.
+        published spread, so that signals keep their size; narrow networks would not start to learn otherwise.
         """
         for name, layer in self.named_children():
             if not isinstance(layer, nn.Conv2d | nn.Linear):
@@ -106,12 +106,13 @@ class AlexNet(nn.Module):
                 layer.bias.fill_(0.1 if name in ("conv2", "conv4", "fc6", "fc7") else 0.0)
 
     def pool_and_normalise(self, x: Tensor) -> Tensor:
+        """Pooling and LRN in the order of `lrn_place`. (N, C, H, W) -> (N, C, H', W')."""
         if self.lrn_place == "before-pool":
             return pool(lrn(x))
         return lrn(pool(x)) if self.lrn_place == "after-pool" else pool(x)
 
     def features(self, x: Tensor) -> Tensor:  # (N, 3, 227, 227)
-        """What the convolutions give to fc6."""
+        """The input of fc6, (N, 9216) at 227 pixels."""
         x = self.pool_and_normalise(F.relu(self.norm1(self.conv1(x))))  # (N, 96, 27, 27)
         x = self.pool_and_normalise(F.relu(self.norm2(self.conv2(x))))  # (N, 256, 13, 13)
         x = F.relu(self.norm3(self.conv3(x)))  # (N, 384, 13, 13)
@@ -120,6 +121,7 @@ class AlexNet(nn.Module):
         return x.flatten(1)  # (N, 9216)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, 3, 227, 227)
+        """Class scores (N, classes). Dropout scales by 1 / (1 - p) in training; the article halves outputs in use."""
         x = self.features(x)  # (N, 9216)
         x = F.dropout(F.relu(self.fc6(x)), self.dropout, self.training)
         x = F.dropout(F.relu(self.fc7(x)), self.dropout, self.training)
@@ -127,7 +129,7 @@ class AlexNet(nn.Module):
 
 
 def build(config: Config) -> AlexNet:
-    """The network of a run's settings, with initial weights drawn from its seed."""
+    """The network of a run's settings on the CPU, with initial weights drawn from its seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return AlexNet(

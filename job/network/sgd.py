@@ -14,8 +14,8 @@ from job.config import Optim
 class MomentumSGD(torch.optim.Optimizer):
     """v <- momentum * v - lr * lr_factor * (g + weight_decay * w);  w <- w + v.
 
-    Krizhevsky et al., section 5. Unlike torch.optim.SGD, the rate is inside the velocity v: after the rate drops, v
-    still carries the steps that were made at the old one.
+    Krizhevsky et al., section 5. The velocity v is what PyTorch calls the momentum buffer, but it contains the rate:
+    after the rate drops, v still carries the updates made at the old one.
     """
 
     def __init__(
@@ -25,6 +25,7 @@ class MomentumSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
+        """Update all parameters that have a gradient."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -38,7 +39,7 @@ class MomentumSGD(torch.optim.Optimizer):
             torch._foreach_add_(params, velocities)
 
     def refresh(self) -> None:
-        """To be called when parameters were changed otherwise than by `step`."""
+        """Call it after parameters were changed by anything but `step`."""
 
     def velocity(self, param: torch.Tensor) -> torch.Tensor:
         """The velocity of a parameter, zero before its first update."""
@@ -49,12 +50,12 @@ class MomentumSGD(torch.optim.Optimizer):
 
 
 class LARS(MomentumSGD):
-    """`MomentumSGD` with a rate of its own for every weight tensor w, layer-wise adaptive rate scaling.
+    """`MomentumSGD` with layer-wise adaptive rate scaling: every weight tensor w has a learning rate of its own.
 
     v <- momentum * v - lr * trust * |w| / (|g| + weight_decay * |w|) * (g + weight_decay * w);  w <- w + v.
 
-    You, Gitman, Ginsburg 2017 (arXiv:1708.03888), algorithm 1: a step changes each tensor by a share of its own norm
-    that lr * trust sets, however large its gradient. Groups with `trust` 0 are updated as by `MomentumSGD`.
+    You, Gitman, Ginsburg 2017 (arXiv:1708.03888), algorithm 1: a step changes each tensor by the share
+    lr * trust of its own norm, however large its gradient is. Groups with `trust` 0 are updated as by `MomentumSGD`.
     """
 
     @torch.no_grad()
@@ -75,23 +76,23 @@ class LARS(MomentumSGD):
 
 
 def lars_rate(w: torch.Tensor, g: torch.Tensor, trust: float, decay: float) -> torch.Tensor:
-    """Local rates of LARS from norms of weights and gradients, on the device: the host reads none of them.
+    """Local rates of LARS from the norms of weights and gradients; all stay on the device.
 
-    A tensor of zeros takes the rate as it is: it would stay zero.
+    An all-zero tensor uses the global rate; otherwise it could never change.
     """
     return torch.where(w > 0, trust * w / (g + decay * w).clamp(min=1e-30), 1.0)
 
 
 def aligned(count: int) -> int:
-    """Places of a flat float32 memory for `count` numbers, if the next are to begin at a multiple of 16 bytes again."""
+    """Elements of a flat float32 tensor that `count` numbers take, so that the next begin at a multiple of 16 bytes."""
     return -(-count // 4) * 4
 
 
 class FusedSGD(MomentumSGD):
-    """`MomentumSGD` and `LARS` as one Triton kernel over all parameters, which writes `copies` of them on the way.
+    """`MomentumSGD` and `LARS` as one Triton kernel over all parameters, which also writes `copies` of them.
 
-    Parameters, gradients and velocities must be float32, contiguous, at multiples of 16 bytes (`aligned`), on one GPU,
-    and stay where they are.
+    Parameters, gradients and velocities must be float32, contiguous, aligned to 16 bytes (see `aligned`), on one GPU,
+    and keep their addresses.
 
     Attributes:
         copies: parameter -> tensor of the same shape in another type, as of `job.fast.network.Network`.
@@ -161,9 +162,9 @@ class FusedSGD(MomentumSGD):
 
 
 def parameter_groups(model: nn.Module, optim: Optim) -> list[dict]:
-    """Two groups: weights with decay; biases with none and `bias_lr` times the rate (the authors' lr_mult 2).
+    """Two groups: weights with decay; biases without, at `bias_lr` times the rate (the authors' lr_mult 2).
 
-    What batch normalisation multiplies and adds counts among the biases (Jia et al. 2018: no decay on either).
+    The scales and shifts of batch normalisation are in the group of the biases (Jia et al. 2018: no decay on either).
     """
     weights = [p for p in model.parameters() if p.ndim > 1]
     biases = [p for p in model.parameters() if p.ndim == 1]

@@ -1,8 +1,8 @@
 """What the ranks of a job must have in common: compared in one exchange, before anything depends on it.
 
 In: what each rank finds on its node: GPUs, what the fast kernels need, JPEG decoders, versions, settings, data. Out:
-each rank's device, and the kernels of all. All ranks decide from the same reports, so they take the same decision; a
-difference that training cannot have is one error, which names two ranks and what each of them has.
+each rank's device, and the kernels of all. All ranks see the same reports, so they take the same decision. A difference
+that training cannot have is one error, which names two ranks and what each of them has.
 """
 
 import dataclasses
@@ -27,17 +27,17 @@ from shards.read import fastjpeg, images
 
 log = logging.getLogger(__name__)
 
-# Settings that one rank may have otherwise than another: where it finds its files, and what rank 0 alone uses.
+# Settings that may differ between ranks: where a rank finds its files, and what only rank 0 uses.
 LOCAL = frozenset(
     "data out recipe workers resume profile model.classes checkpoint checkpoint-keep metrics.textfile json".split()
 )
 
-Report = dict[str, Any]  # as `_report` makes it: plain types, which any version of this code can read
+Report = dict[str, Any]  # as `_report` makes it. Plain types: another version of this code must be able to read it
 
 
 @dataclasses.dataclass(frozen=True)
 class Agreed:
-    """`device` of this rank, `kernels` of all ranks ("fast" or "plain"), `found`: what `open_data` has returned."""
+    """`device` of this rank, `kernels` of all ranks ("fast" or "plain"), and what `open_data` found on this rank."""
 
     device: torch.device
     kernels: str
@@ -45,14 +45,14 @@ class Agreed:
 
 
 def agree(settings: dict[str, Any], open_data: Callable[[], tuple[Any, dict[str, str]]] = lambda: (None, {})) -> Agreed:
-    """Compare this rank with all others, and take its device. All ranks together, before any other message.
+    """Compare this rank with all others, and choose its device. All ranks call it together, before any other message.
 
     Args:
-        settings: by option name; `device`, `kernels`, `parallel` decide what is looked for.
-        open_data: opens what this rank sees of the data. Returns it, and what must be equal on all ranks: name -> text.
+        settings: by option name.
+        open_data: opens the data on this rank. Returns it, and what must be the same on all ranks, name -> text.
 
     Raises:
-        InputError: on all ranks alike. `open_data` failed on some rank, no GPU for a rank, or a difference.
+        InputError: on all ranks alike: `open_data` failed on some rank, a rank has no GPU, or the ranks differ.
     """
     found, report = _report(settings, open_data)
     reports = hvd.allgather_object(report, name="agree")
@@ -107,8 +107,8 @@ def _code() -> str:
 
 
 def _gpus(fast_wanted: bool) -> list[dict[str, str]]:
-    """The GPUs that this rank sees: how to tell them apart on all nodes, model, and why the fast kernels do not run."""
-    slices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # of MIG: they may all have the UUID of their GPU
+    """The GPUs that this rank sees: a name that differs on all nodes, model, and why the fast kernels cannot run."""
+    slices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # slices of MIG may all have the UUID of their GPU
     found = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -119,7 +119,7 @@ def _gpus(fast_wanted: bool) -> list[dict[str, str]]:
 
 
 def _decoders() -> str:
-    """What decodes JPEG files in this process, in the order in which it is tried."""
+    """The JPEG decoders of this process, in the order in which they are tried."""
     from PIL import features
 
     simplejpeg = f"simplejpeg {images.simplejpeg.__version__}" if images.simplejpeg else ""
@@ -128,11 +128,11 @@ def _decoders() -> str:
     return ", ".join(filter(None, ("" if fastjpeg.missing() else "shards/read/jpeg.c", simplejpeg, pillow)))
 
 
-# What follows are functions of all ranks' reports alone.
+# The functions below depend on the reports of all ranks only.
 
 
 def check(reports: list[Report], wanted: str) -> list[int | None]:
-    """Each rank's GPU, as it numbers them; None for all: the CPU. Raises InputError for what training cannot have."""
+    """Number of each rank's GPU, as that rank sees them; None for all: the CPU. Raises InputError if ranks differ."""
     if problem := _problem(reports):
         raise InputError(problem)
     if difference := _difference(reports):
@@ -141,7 +141,7 @@ def check(reports: list[Report], wanted: str) -> list[int | None]:
 
 
 def where(reports: list[Report], rank: int) -> str:
-    """How a rank is called."""
+    """Name of a rank in messages."""
     return f"rank {rank} on {reports[rank]['host']}"
 
 
@@ -152,7 +152,7 @@ def _others(ranks: list[int]) -> str:
 
 
 def _problem(reports: list[Report]) -> str:
-    """What could not be opened, where not all ranks have the same trouble with whom; empty: nothing."""
+    """Why data could not be opened, with the rank unless all ranks have the same problem; "": all could."""
     failed = [rank for rank, report in enumerate(reports) if report["problem"]]
     if not failed:
         return ""
@@ -163,7 +163,7 @@ def _problem(reports: list[Report]) -> str:
 
 
 def _difference(reports: list[Report]) -> str:
-    """The first thing that is not the same on all ranks; empty: all is."""
+    """The first thing that is not the same on all ranks, as a message; "": all is."""
     first = reports[0]["same"]
     for name in dict.fromkeys(name for report in reports for name in report["same"]):
         unlike = [rank for rank, report in enumerate(reports) if report["same"].get(name) != first.get(name)]
@@ -182,10 +182,10 @@ def _difference(reports: list[Report]) -> str:
 
 
 def assign_gpus(reports: list[Report], wanted: str) -> list[int | None]:
-    """Each rank's GPU: the first that it sees and no other rank has. None for all ranks: the CPU.
+    """Number of each rank's GPU: the first that it sees and no other rank has. None for all ranks: the CPU.
 
-    Where all ranks of a node see the same GPUs that is the one with the number of their local rank; where each sees one
-    of its own (--gpus-per-task, MIG) it is that one.
+    Where all ranks of a node see the same GPUs, it is the number of the local rank. Where each sees one of its own
+    (--gpus-per-task, MIG), it is 0.
 
     Raises:
         InputError: some ranks have a GPU and others have none, or `wanted` is cuda and there is none.
@@ -221,7 +221,7 @@ def choose_kernels(reports: list[Report], gpus: list[int | None], wanted: str, p
 
 
 def why_plain(reports: list[Report], gpus: list[int | None], parallel: str) -> str:
-    """Why not all ranks can run the fast kernels; empty: they can."""
+    """Why not all ranks can run the fast kernels; "": they can."""
     if gpus[0] is None:
         return "they need a CUDA GPU"
     if parallel == "hybrid":
@@ -233,7 +233,7 @@ def why_plain(reports: list[Report], gpus: list[int | None], parallel: str) -> s
 
 
 def warnings(reports: list[Report], gpus: list[int | None], settings: dict[str, Any]) -> Iterable[str]:
-    """What rank 0 warns of: results are right all the same, but slower than they could be."""
+    """The warnings of rank 0: results are right, but training is slower than it could be."""
     if gpus[0] is not None:
         if settings.get("kernels") == "auto" and (reason := why_plain(reports, gpus, settings["parallel"])):
             yield f"all ranks use the plain kernels, at about a third of the speed: {reason}"

@@ -1,9 +1,9 @@
 """Ranks watch each other, so that one that hangs ends the job instead of letting the others wait for ever.
 
-In: Horovod, initialised; a number that grows while this rank gets on. Out: when a rank is stopped (SIGSTOP), its node
-is gone, it stands still, its launcher was killed, or all ranks wait for different messages, one line that names rank
-and host, and the end of the job. (Horovod's own stall check does not see a stopped rank: the cycle in which it looks
-waits for that rank, too. Its stall shutdown does not know a rank that validates or writes from one that never comes.)
+In: Horovod, initialised; a number that grows while this rank makes progress. Out: one line that names rank and host,
+and the end of the job, when a rank is stopped (SIGSTOP), its node is gone, it hangs, its launcher was killed, or all
+ranks wait for different messages. (Horovod's own stall check does not see a stopped rank: the cycle in which it looks
+waits for that rank, too. Its stall shutdown cannot tell a rank that validates or writes from one that never comes.)
 """
 
 import contextlib
@@ -28,16 +28,16 @@ from shards import ROOT
 from shards.errors import positive_number
 
 PERIOD = 2.0  # seconds between two signs of life
-# More than 1 where file systems or nodes stand still at times and come back.
+# Set it above 1 where file systems or nodes hang at times and come back.
 PATIENCE = positive_number("HEARTBEAT_PATIENCE", 1.0)
 SILENT = 30.0 * PATIENCE  # without a sign of life: the process is stopped, or its node is gone
 STILL = 70.0 * PATIENCE  # signs of life, but no progress and not waiting for others: a file system or a device hangs
-START_FACTOR = 2  # on SILENT, until a rank trains: loading libraries stops all of a process's threads
+START_FACTOR = 2  # on SILENT, until a rank trains: loading libraries stops all threads of a process
 PATIENT = 600.0 * PATIENCE  # before the first progress, when files are opened and a GPU is set up; and for a slow disk
-SLOW_FACTOR = 4  # whoever needed t seconds between two signs of progress is not hanging before this many t
+SLOW_FACTOR = 4  # a rank that once needed t seconds between two signs of progress gets this many t
 CONNECT_SECONDS = 20.0
 
-# horovodrun starts ranks that come and go: those that vanish are a matter for it and for Gloo's timeout.
+# Under horovodrun's elastic mode ranks come and go: it and Gloo's timeout handle those that vanish.
 ELASTIC = os.environ.get("HOROVOD_ELASTIC") == "1"
 
 _HELLO = struct.Struct("!16sI")  # the job's token, rank
@@ -47,11 +47,11 @@ _READING = ("loader.py", "workers.py")  # of job.batches: the main thread waits 
 _HERE = os.path.join(ROOT, "job", "")
 _HOROVOD = os.path.dirname(os.path.abspath(horovod.__file__))
 
-# What launchers put into the environment of their ranks. Whoever started a process without one may end before it.
+# What launchers put into the environment of their ranks. Without a launcher, the parent process may exit first.
 LAUNCHED = any(name in os.environ for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "HOROVOD_RANK"))
 _PARENT = os.getppid()
 
-first_ended = threading.Event()  # rank 0 has ended: it has said why
+first_ended = threading.Event()  # rank 0 has ended, after it has said why
 _progress: Callable[[], float] | None = None
 _record: Callable[[str], None] | None = None
 _longest_silent: Callable[[], tuple[float, int, str]] | None = None  # seconds, rank, host
@@ -60,22 +60,23 @@ _longest_silent: Callable[[], tuple[float, int, str]] | None = None  # seconds, 
 def watch(progress: Callable[[], float], record: Callable[[str], None]) -> None:
     """From now on this rank also ends the job when `progress()` does not grow for long, unless it waits for others.
 
-    The one that ends the job hands the reason to `record`.
+    Args:
+        record: called with the reason on the rank that ends the job.
     """
     global _progress, _record
     _progress, _record = progress, record
 
 
 def forget() -> None:
-    """The rank is between two times of training: nothing to watch."""
+    """Stop watching the progress: elastic training will start again."""
     global _progress, _record
     _progress = _record = None
 
 
 def lost(reason: str) -> str:
-    """This rank has lost the others, and none of them has said why: note it as a hang, and say who is silent, if any.
+    """This rank has lost the others, and none of them has said why: record it as a hang.
 
-    Returns what to print: `reason`, or better.
+    Returns: the message to print: `reason`, or a better one that names the rank that is silent.
     """
     if _longest_silent:
         seconds, rank, host = _longest_silent()
@@ -87,14 +88,14 @@ def lost(reason: str) -> str:
 
 def _note(reason: str) -> None:
     if _record:
-        # In a thread of its own: it may be the file system that hangs.
+        # In a separate thread: it may be the file system that hangs.
         writer = threading.Thread(target=_record, args=(reason,), daemon=True)
         writer.start()
         writer.join(PERIOD)
 
 
 def start() -> None:
-    """Begin to watch, on all ranks at once; ranks other than 0 each hold a connection to rank 0."""
+    """Begin to watch, on all ranks together. Every rank except 0 holds a connection to rank 0."""
     if hvd.size() == 1 or ELASTIC:
         threading.Thread(target=_beat_alone, name="heartbeat", daemon=True).start()
         return
@@ -128,7 +129,7 @@ def start() -> None:
 
 
 def _address(hosts: list[str]) -> str:
-    """Address of this host on the network that the ranks share; nobody else's interface is listened on."""
+    """Address of this host on the network that the ranks share, and on no other."""
     others = [host for host in hosts if host != hosts[0]]
     if not others:
         return "127.0.0.1"
@@ -138,7 +139,7 @@ def _address(hosts: list[str]) -> str:
             return entry.address
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((others[0], 9))  # sends nothing: asks which of our addresses leads there
+            probe.connect((others[0], 9))  # sends nothing; finds which of our addresses leads there
             return probe.getsockname()[0]
         except OSError:
             pass
@@ -149,7 +150,7 @@ def _address(hosts: list[str]) -> str:
 
 
 class _Own:
-    """Does this rank's main thread get on?"""
+    """Whether this rank's main thread makes progress."""
 
     def __init__(self) -> None:
         self._value: float | None = None
@@ -171,7 +172,7 @@ class _Own:
         self._called += seconds
 
     def hangs(self) -> str:
-        """What to say when this rank stands still, or nobody would end it; mostly nothing."""
+        """Why this rank must end the job: it hangs, or has lost its launcher; "" mostly."""
         if LAUNCHED and os.getppid() != _PARENT:
             return "has lost its launcher"
         now = time.monotonic()
@@ -189,7 +190,7 @@ class _Own:
             self._moved = self._value is not None
             self._value, self._since = value, now
             return ""
-        # Whoever waits for data is the cause; whoever waits for a GPU may wait for the others by way of it.
+        # A rank that waits for data is the cause. One that waits for its GPU may be waiting for other ranks.
         limit = STILL if at.startswith(_READING) else STILL + 10
         if not self._moved or "checkpoint.py" in at:
             limit = PATIENT
@@ -200,9 +201,9 @@ class _Own:
 
 
 def _main_thread() -> tuple[str, object]:
-    """Where the main thread is in this project's code; and in which call of Horovod, where it waits for other ranks.
+    """Where the main thread is in this project's code, and in which call of Horovod, waiting for other ranks.
 
-    Two calls differ: each message has a handle of its own. None: in none.
+    Calls are told apart by the handle of their message. None: in no call of Horovod.
     """
     frame = sys._current_frames().get(threading.main_thread().ident)
     found, call = "", None
@@ -218,11 +219,12 @@ def _main_thread() -> tuple[str, object]:
 
 
 def here() -> str:
-    """How this process is called where ranks may change."""
+    """Name of this process in messages where ranks may change."""
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def _beat_alone() -> None:
+    """The thread of a rank that watches itself only."""
     own, woke = _Own(), time.monotonic()
     while True:
         time.sleep(PERIOD)
@@ -231,79 +233,120 @@ def _beat_alone() -> None:
             _end(f"{here()} {reason}")
 
 
+class _Peers:
+    """The other ranks as rank 0 hears them.
+
+    Attributes:
+        ranks: the rank at the other end of each connection.
+        heard: time of each rank's last sign of life.
+        waiting: place where each rank waits for others, "" where it does not.
+        ending: one of them ends the job, and has said why.
+    """
+
+    def __init__(self, listener: socket.socket, token: bytes, hosts: list[str]):
+        self._listener, self._token, self._hosts = listener, token, hosts
+        self._selector = selectors.DefaultSelector()
+        listener.setblocking(False)
+        self._selector.register(listener, selectors.EVENT_READ)
+        self.ranks: dict[socket.socket, int] = {}
+        self.heard = dict.fromkeys(range(1, len(hosts)), time.monotonic())
+        self.waiting = dict.fromkeys(self.heard, "")
+        self.ending = False
+        self._limits = dict.fromkeys(self.heard, _limit(_STARTING))
+        self._greetings: dict[socket.socket, bytes] = {}  # what has come before a peer has shown the token
+
+    def listen(self, seconds: float) -> None:
+        """Take in what comes within `seconds`, at least once."""
+        for key, _ in self._selector.select(max(0.0, seconds)):
+            if key.fileobj is self._listener:
+                self._accept()
+            else:
+                self._hear(key.fileobj)
+
+    def _accept(self) -> None:
+        try:
+            peer, _ = self._listener.accept()
+        except OSError:
+            return
+        peer.setblocking(False)
+        self._selector.register(peer, selectors.EVENT_READ)
+        self._greetings[peer] = b""
+
+    def _hear(self, peer: socket.socket) -> None:
+        try:
+            data = peer.recv(4096)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            # Its process has ended: a matter for the launcher, unless that does not notice either.
+            self._drop(peer)
+            return
+        if peer in self._greetings:
+            greeting = self._greetings[peer] + data
+            self._greetings[peer] = greeting
+            if len(greeting) < _HELLO.size:
+                return
+            claimed, rank = _HELLO.unpack(greeting[: _HELLO.size])
+            if not hmac.compare_digest(claimed, self._token) or rank not in self.heard:
+                self._drop(peer)  # no rank of this job
+                return
+            del self._greetings[peer]
+            self.ranks[peer], data = rank, greeting[_HELLO.size :]
+        rank = self.ranks[peer]
+        self.heard[rank] = time.monotonic()
+        self._limits[rank] = _limit(data)
+        self.waiting[rank] = _waits_at(data)
+        self.ending = self.ending or _ENDING in data
+
+    def _drop(self, peer: socket.socket) -> None:
+        self._selector.unregister(peer)
+        peer.close()
+        self.ranks.pop(peer, None)
+        self._greetings.pop(peer, None)
+
+    def overslept(self, seconds: float) -> None:
+        """This process was suspended: that time does not count."""
+        self.heard = {rank: at + seconds for rank, at in self.heard.items()}
+
+    def longest_silent(self) -> tuple[float, int, str]:
+        """Seconds of silence, number and host of the rank that has been silent for longest."""
+        at, rank = min((at, rank) for rank, at in self.heard.items())
+        return time.monotonic() - at, rank, self._hosts[rank]
+
+    def silent(self, now: float) -> str:
+        """What to say of a rank that has been silent for too long; mostly nothing."""
+        for rank, at in self.heard.items():
+            if now - at > self._limits[rank]:
+                return _silent(rank, self._hosts[rank], now - at)
+        return ""
+
+
 def _beat_first(listener: socket.socket, token: bytes, hosts: list[str]) -> None:
-    """The thread of rank 0: hears all others, and answers, so that they hear of it."""
-    own, woke = _Own(), time.monotonic()
-    listener.setblocking(False)
-    selector = selectors.DefaultSelector()
-    selector.register(listener, selectors.EVENT_READ, None)
-    heard = dict.fromkeys(range(1, len(hosts)), time.monotonic())
-    limits = dict.fromkeys(heard, _limit(_STARTING))
+    """The thread of rank 0: hears all other ranks, and answers them."""
     global _longest_silent
-
-    def longest_silent() -> tuple[float, int, str]:
-        at, rank = min((at, rank) for rank, at in heard.items())
-        return time.monotonic() - at, rank, hosts[rank]
-
-    _longest_silent = longest_silent
-    ranks: dict[socket.socket, int] = {}
-    waiting = dict.fromkeys(heard, "")
+    own, peers, woke = _Own(), _Peers(listener, token, hosts), time.monotonic()
+    _longest_silent = peers.longest_silent
     due = time.monotonic() + PERIOD
     while True:
-        for key, _ in selector.select(max(0.0, due - time.monotonic())):
-            if key.data is None:
-                try:
-                    peer, _ = listener.accept()
-                except OSError:
-                    continue
-                peer.setblocking(False)
-                selector.register(peer, selectors.EVENT_READ, bytearray())
-                continue
-            peer, held = key.fileobj, key.data
-            try:
-                data = peer.recv(4096)
-            except BlockingIOError:
-                continue
-            except OSError:
-                data = b""
-            if peer not in ranks:
-                held += data
-                if data and len(held) < _HELLO.size:
-                    continue
-                claimed, rank = _HELLO.unpack(held[: _HELLO.size].ljust(_HELLO.size))
-                if not data or not hmac.compare_digest(claimed, token) or rank not in heard:
-                    selector.unregister(peer)  # no rank of this job
-                    peer.close()
-                    continue
-                ranks[peer], data = rank, bytes(held[_HELLO.size :])
-            elif not data:
-                # Its process has ended: a matter for the launcher, unless that does not notice either.
-                selector.unregister(peer)
-                peer.close()
-                del ranks[peer]
-                continue
-            heard[ranks[peer]] = time.monotonic()
-            limits[ranks[peer]] = _limit(data)
-            waiting[ranks[peer]] = _waits_at(data)
-            if _ENDING in data:
-                _end("", ranks)
+        peers.listen(due - time.monotonic())
+        if peers.ending:
+            _end("", peers.ranks)
         if time.monotonic() < due:
             continue
         slept = _overslept(woke, own)
-        heard = {rank: at + max(0.0, slept - woke - 2 * PERIOD) for rank, at in heard.items()}
+        peers.overslept(max(0.0, slept - woke - 2 * PERIOD))
         woke, due = slept, time.monotonic() + PERIOD
-        _tell(ranks, own.sign())
+        _tell(peers.ranks, own.sign())
         if reason := own.hangs():
-            _end(f"rank 0 on {hosts[0]} {reason}", ranks)
-        if reason := _all_wait([own.waits_at, *waiting.values()], hosts):
-            _end(reason, ranks)
-        for rank, at in heard.items():
-            if woke - at > limits[rank]:
-                _end(_silent(rank, hosts[rank], woke - at), ranks)
+            _end(f"rank 0 on {hosts[0]} {reason}", peers.ranks)
+        if reason := _all_wait([own.waits_at, *peers.waiting.values()], hosts) or peers.silent(woke):
+            _end(reason, peers.ranks)
 
 
 def _beat_other(connection: socket.socket, hosts: list[str]) -> None:
-    """The thread of any other rank: hears rank 0."""
+    """The thread of every other rank: hears rank 0."""
     own, woke = _Own(), time.monotonic()
     heard, limit = time.monotonic(), _limit(_STARTING)
     global _longest_silent
@@ -313,7 +356,7 @@ def _beat_other(connection: socket.socket, hosts: list[str]) -> None:
 
     _longest_silent = longest_silent
     connection.setblocking(False)
-    # When rank 0 is silent, one rank speaks for all; a little later those whose own host is all that is left.
+    # When rank 0 is silent, rank 1 speaks for all; the others do a little later, if rank 1 is gone, too.
     later = 0.0 if hvd.rank() == 1 else 10.0
     while True:
         time.sleep(PERIOD)
@@ -339,13 +382,13 @@ def _beat_other(connection: socket.socket, hosts: list[str]) -> None:
 
 
 def _waits_at(signs: bytes) -> str:
-    """Where the process waits that has sent these signs of life, by the last of them; empty: it does not wait."""
+    """Where the sender of these signs of life waits, by the last of them; "": it does not wait."""
     last = re.split(b"[%b%b]" % (_STARTING, _ALIVE), signs)[-1]
     return last[1:].decode(errors="replace") if last.startswith(_WAITING) else ""
 
 
 def _all_wait(places: list[str], hosts: list[str]) -> str:
-    """What to say when every rank waits for others: no message that it waits for will ever come. Else empty.
+    """The message when every rank waits for others, for messages that will never come; else "".
 
     A rank that computes, reads, validates, compiles or writes does not wait, however long it takes.
     """
@@ -359,12 +402,12 @@ def _all_wait(places: list[str], hosts: list[str]) -> str:
 
 
 def _limit(signs: bytes) -> float:
-    """Seconds that a process may be silent that has sent these signs of life."""
+    """Seconds for which the sender of these signs of life may be silent."""
     return SILENT if _ALIVE in signs else START_FACTOR * SILENT
 
 
 def _overslept(woke: float, own: _Own) -> float:
-    """The time now; a job that was suspended as a whole (scontrol suspend, Ctrl-Z) is not one that hangs."""
+    """The time now. A job that was suspended as a whole (scontrol suspend, Ctrl-Z) does not hang."""
     now = time.monotonic()
     if now - woke > 2 * PERIOD:
         own.overslept(now - woke - 2 * PERIOD)
@@ -384,7 +427,7 @@ def _silent(rank: int, host: str, seconds: float) -> str:
 
 
 def _end(reason: str, peers: dict[socket.socket, int] | None = None) -> NoReturn:
-    """Say why, and end this process; then the launcher, and the other ranks too, end the rest."""
+    """Say why, and end this process; the launcher and the other ranks end the rest."""
     if reason:
         with contextlib.suppress(OSError):  # a launcher that is gone does not listen
             print(f"error: {reason}; run the same command again", file=sys.stderr, flush=True)

@@ -1,14 +1,16 @@
 """Hybrid parallelism: convolutions data-parallel, fc6 to fc8 model-parallel.
 
-96 % of the parameters are in fc6 to fc8: their gradients need no allreduce then. Krizhevsky, "One weird trick for
-parallelizing convolutional neural networks" (arXiv:1404.5997), scheme (a). Each rank has its images through the
-convolutions; then all ranks gather the features of the global batch, and each computes its part of the outputs of fc6,
-fc7 and fc8 for all images. In: as of job.ranks.average and job.run.step. Out: the same losses and updates as those of
-`gradients`, up to rounding; with dropout too, the same on any number of ranks.
+In: as of job.ranks.average and job.run.step. Out: losses and updates that equal those of `gradients` up to rounding;
+with dropout too they do not depend on the number of ranks.
 
-Bytes a rank sends a step, n ranks, B images in all, in float32, by ring: 2 (n-1)/n times 9 MB of gradients of the
-convolutions, and 4 (n-1)/n B (2 (9216 + 4096 + 4096) + 1000); `gradients` sends 2 (n-1)/n times 244 MB. They are equal
-at a global batch of about 3,300: below it, hybrid sends less.
+Krizhevsky, "One weird trick for parallelizing convolutional neural networks" (arXiv:1404.5997), scheme (a). Each rank
+computes the convolutions of its own images. Then all ranks gather the features of the global batch, and each computes
+its part of the outputs of fc6, fc7 and fc8 for all images. 96 % of the parameters are in these three layers, and their
+gradients need no allreduce.
+
+Bytes that a rank sends per step with n ranks, B images in all, float32 and a ring: 2 (n-1)/n times 9 MB of gradients of
+the convolutions, and 4 (n-1)/n B (2 (9216 + 4096 + 4096) + 1000). `gradients` sends 2 (n-1)/n times 244 MB. Both are
+equal at a global batch of about 3,300; below it, hybrid sends less.
 """
 
 import horovod.torch as hvd
@@ -24,7 +26,7 @@ from job.ranks.average import Strategy, average_statistics
 
 
 def part(size: int, rank: int, ranks: int) -> slice:
-    """Rows of `size` that a rank has: as even as can be, the first ranks have one more."""
+    """The rows of `size` that belong to a rank: as even as possible, the first ranks have one more."""
     each, more = divmod(size, ranks)
     start = rank * each + min(rank, more)
     return slice(start, start + each + (rank < more))
@@ -37,12 +39,12 @@ def gather(x: Tensor, name: str) -> Tensor:
 
 
 def sum_and_scatter(x: Tensor, name: str) -> Tensor:
-    """Sum over the ranks, of which each gets its `part` of the rows."""
+    """Sum over the ranks; each rank gets its `part` of the rows."""
     return hvd.reducescatter(x.float().contiguous(), op=hvd.Sum, name=f"hybrid.{name}.gradient").to(x.dtype)
 
 
 class GatherRows(torch.autograd.Function):
-    """Rows of all ranks, of which each computes something else: backward, what they ask of a row adds up."""
+    """Rows of all ranks. Each rank computes something else from them, so their gradients of a row add up."""
 
     @staticmethod
     def forward(ctx, x: Tensor, name: str) -> Tensor:
@@ -55,7 +57,7 @@ class GatherRows(torch.autograd.Function):
 
 
 class GatherColumns(torch.autograd.Function):
-    """Columns of all ranks. `shared`: all compute the same from them, so that each has its whole gradient at hand."""
+    """Columns of all ranks. `shared`: all ranks compute the same from them, so each has the whole gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, name: str, shared: bool) -> Tensor:
@@ -70,14 +72,18 @@ class GatherColumns(torch.autograd.Function):
 
 
 class Hybrid(Strategy):
-    """Strategy: gradients of convolutions are summed over the ranks, each rank updates its own rows of fc6 to fc8.
+    """Strategy: gradients of convolutions are summed over the ranks; each rank updates its own rows of fc6 to fc8.
 
-    The optimizer's parameters fc6 to fc8 become views of this rank's rows; the model's other rows are stale until
-    `make_equal`. Velocities likewise, so that a checkpoint holds the whole network, and any strategy can go on from it.
+    The optimizer's parameters fc6 to fc8, and their velocities, become views of this rank's rows. The other rows of the
+    model are stale until `make_equal`; then a checkpoint holds the whole network, and any strategy can resume from it.
+
+    Attributes:
+        rows: name of a parameter of fc6 to fc8 -> this rank's rows of it.
     """
 
     def __init__(self, model: AlexNet, optimizer: MomentumSGD):
-        self.optimizer, self._model = optimizer, model
+        super().__init__(optimizer)
+        self._model = model
         self.rows: dict[str, nn.Parameter] = {}
         whole = {p: name for name, p in model.named_parameters() if name.startswith("fc")}
         for group in optimizer.param_groups:
@@ -96,7 +102,7 @@ class Hybrid(Strategy):
 
     def backward(self, loss: Tensor) -> None:
         super().backward(loss)
-        # Each rank has the loss of all images, and its gradient by way of its own images: they add up.
+        # Each rank has the gradient of the loss of all images by way of its own images: the sum is the whole gradient.
         handle = hvd.grouped_allreduce_async_([p.grad for p in self._convolutions], op=hvd.Sum, name="convolutions")
         self._handles.append(handle)
 
@@ -114,7 +120,7 @@ class Hybrid(Strategy):
 
 
 class HybridPass:
-    """Forward and backward pass of a rank, as of job.run.step.PlainPass."""
+    """Forward and backward pass of a rank, with the methods of job.run.step.PlainPass."""
 
     def __init__(self, config: Config, model: AlexNet, strategy: Hybrid, mean: Tensor | None):
         self._config, self._model, self._strategy, self._mean = config, model, strategy, mean
@@ -141,7 +147,10 @@ class HybridPass:
         return loss
 
     def _kept(self, random: torch.Generator, images: int, units: int, drop: float) -> Tensor | float:
-        """Factors of dropout for this rank's units, drawn for all units and images in the order of the global batch."""
+        """Dropout's factors for this rank's units, (B, units / ranks).
+
+        They are drawn for all units and images in the order of the global batch: the same on any number of ranks.
+        """
         if not drop:
             return 1.0
         ranks = hvd.size()

@@ -1,6 +1,6 @@
-"""This process among its ranks: what it shares with the others, how it is stopped, and how it leaves.
+"""This process among the ranks: small numbers that they share, how it is stopped, and how it ends.
 
-In: Horovod, initialised. Out: small sums over ranks that cost no waiting, exit codes of the job.
+In: a main function for every rank. Out: averages over the ranks that nobody waits for, and the job's exit code.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ except ImportError as error:
     reason = str(error).splitlines()[0]
     raise InputError(f"cannot load Horovod and torch ({reason}); bash slurm/install.sh sets them up") from None
 
-# Seconds that a rank which lost the others waits for its launcher to end it, before it speaks up itself.
+# Seconds that a rank which lost the others waits for its launcher to end it, before it reports an error itself.
 LAUNCHER_GRACE = 15
-# Of these, the first pass in silence: mostly the launcher acts at once.
+# It is silent for the first of these: mostly the launcher acts at once.
 QUIET_SECONDS = 2
 
 
@@ -42,13 +42,13 @@ class Stopped(Exception):
 
 
 class Failed(Exception):
-    """The run cannot go on, or has not kept all that it should have; the message says what the user must know."""
+    """The run cannot continue, or could not write all of its files. All ranks raise it; rank 0 prints the message."""
 
 
 class StepReports:
     """A few numbers of every step, averaged over the ranks one step late, so that no rank waits for them.
 
-    All ranks get the same average for the same step: what they decide by it (to stop, to give up) they decide together.
+    All ranks see the same averages, so they take the same decision (to stop, to give up).
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class StepReports:
         self._tag: Any = None
 
     def exchange(self, tag: Any, values: list[float]) -> tuple[Any, list[float]] | None:
-        """Send off this step's `values`; return (tag, averages) of the step before, None at the first."""
+        """Send this step's `values` without waiting. Returns (tag, averages) of the step before; None at the first."""
         before = self.collect()
         self._tag = tag
         report = torch.tensor(values, dtype=torch.float64)
@@ -64,7 +64,7 @@ class StepReports:
         return before
 
     def collect(self) -> tuple[Any, list[float]] | None:
-        """The report that is still outstanding, if any."""
+        """Wait for the report that is still on its way. Returns (tag, averages), or None where there is none."""
         if self._handle is None:
             return None
         average = hvd.synchronize(self._handle).tolist()
@@ -76,11 +76,11 @@ class StopSignals:
     """SIGUSR1, SIGTERM and SIGINT end this process at once; while it trains, they ask for a checkpoint and an orderly
     end, and a second request ends it at once. Rank 0 answers on stderr.
 
-    A thread takes them in: the main one may be inside a call that waits for other ranks.
+    A thread of its own receives them: the main thread may be in a call that waits for other ranks.
 
     Attributes:
-        orderly: the first request is met by who reads `requested`.
-        requested: name of the signal that asked first.
+        orderly: the first request only sets `requested`, and training reads that.
+        requested: name of the signal that asked first, or "".
     """
 
     # One scancel reaches a rank as several signals, from Slurm, the launcher and the batch script.
@@ -114,7 +114,7 @@ class StopSignals:
 
     @staticmethod
     def _answer(number: int, text: str) -> None:
-        # A launcher sends SIGTERM also when another rank has failed, and that one is to be heard.
+        # A launcher also sends SIGTERM when another rank has failed: then that rank's error must be seen, not this.
         if launched_rank() == 0 and not (heartbeat.LAUNCHED and number == signal.SIGTERM):
             start = "\r\033[K" if on_terminal(sys.stdout) else ""  # over the line of progress, and the ^C
             with contextlib.suppress(OSError):
@@ -123,19 +123,19 @@ class StopSignals:
 
 @functools.cache
 def stop_signals() -> StopSignals:
-    """Those of this process."""
+    """The one instance of this process."""
     return StopSignals()
 
 
 def run_ranks(main: Callable[[], None]) -> NoReturn:
     """Initialise Horovod, run `main` on every rank and leave with the job's exit code; no rank outlives a failed one.
 
-    An error is told once: by rank 0 when all ranks meet it, else by the rank that met it, with its rank and host.
+    An error is reported once: by rank 0 when all ranks meet it, else by the rank that met it, with its rank and host.
     """
     stop_signals()
-    if not heartbeat.ELASTIC:  # which must hear from the device itself that a message has failed
-        # A GPU's stream waits for its messages, not the host: without this, what comes behind an allreduce is launched
-        # only when that is over, and the next batch is copied later still (job/fast/README.md).
+    if not heartbeat.ELASTIC:  # elastic training must learn from the device that a message has failed
+        # The GPU's stream waits for messages, not the host. Otherwise work that follows an allreduce is launched only
+        # when that is over, and the next batch is copied later still (job/fast/README.md).
         os.environ.setdefault("HOROVOD_ENABLE_ASYNC_COMPLETION", "1")
     hvd.init()
     if not heartbeat.ELASTIC and (problem := lone_process(hvd.size(), "Horovod")):
@@ -175,14 +175,14 @@ def run_ranks(main: Callable[[], None]) -> NoReturn:
         text = traceback.format_exc()
         print(f"error: {where} failed:\n{text}" if hvd.size() > 1 else text, file=sys.stderr)
         leave(1)
-    # All ranks get here together; whichever left early would be taken for a failure by the launcher.
+    # All ranks get here together; the launcher would take one that left early for a failure.
     hvd.shutdown()
     sys.stdout.flush()
     sys.exit(code)
 
 
 def _await_end(where: str = "") -> None:
-    """Give another rank the time to say why the job ends, and the launcher to end this process for it."""
+    """Give another rank time to say why the job ends, and the launcher time to end this process."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(QUIET_SECONDS)
     if where:
@@ -194,7 +194,7 @@ def _await_end(where: str = "") -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once, without waiting for the other ranks: that is what makes the launcher end them."""
+    """End this process at once, without waiting for the other ranks; the launcher then ends them."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,6 +1,6 @@
-"""What a run leaves for a scaling study: where a step's time went on every rank, on what machine, for which network.
+"""The contents of timings.json, for scaling studies: where a step's time went on every rank, on which machine.
 
-In: the step timers of all ranks at the end of a run. Out: the dictionary that timings.json holds.
+In: the step timers of all ranks at the end of a run. Out: a dictionary for JSON.
 """
 
 import os
@@ -21,7 +21,7 @@ from shards.format.split import Split
 from shards.machine.caches import file_system
 from shards.machine.files import is_remote
 
-_HOST_BYTES = 64  # of a host name, gathered as a tensor like the rest
+_HOST_BYTES = 64  # of a host name, which is gathered as a tensor like the rest
 # Settings of the layers below that change the speed of an allreduce.
 _TUNING = ("HOROVOD_", "NCCL_", "OMP_NUM_THREADS", "UCX_")
 _NOT_TUNING = (
@@ -39,9 +39,12 @@ _NOT_TUNING = (
 def run_profile(config: Config, split: Split, timer: StepTimer, warmup: int, device: torch.device) -> dict[str, Any]:
     """Contents of timings.json; called by all ranks together.
 
-    `ranks` has mean, median and 95th percentile of each section, seconds a step. `fastest` and `slowest` are the
-    sections' least and largest values among the ranks of a step, averaged over the steps: the least time in the
-    allreduce is that of the rank which came last and waited for nobody.
+    `ranks` has mean, median and 95th percentile of each section, in seconds per step. `fastest` and `slowest` are the
+    least and the largest time of a section among the ranks of a step, averaged over the steps. (The least time in the
+    allreduce is that of the rank which came last and waited for nobody.)
+
+    Args:
+        warmup: first steps that do not count.
     """
     rows = torch.tensor(list(timer.rows), dtype=torch.float64).reshape(-1, len(SECTIONS))  # (steps, sections)
     rows = rows[warmup if len(rows) > warmup else 0 :]
@@ -79,10 +82,10 @@ def run_profile(config: Config, split: Split, timer: StepTimer, warmup: int, dev
 
 
 def gradients(config: Config) -> list[dict[str, Any]]:
-    """The network's gradients in the order in which the backward pass makes them.
+    """The network's gradients in the order in which the backward pass computes them.
 
-    Each has `name`, `shape`, `bytes` and `ready`: the share of the backward pass that is over when it is there, by
-    arithmetic alone (layers' multiplications; the first layer needs no gradient of its input).
+    Each has `name`, `shape`, `bytes` and `ready`: the share of the backward pass that is over when it is complete,
+    estimated from the layers' multiplications (the first layer needs no gradient of its input).
     """
     from job.network.alexnet import build
 
@@ -110,7 +113,7 @@ def gradients(config: Config) -> list[dict[str, Any]]:
 
 
 def environment(data: str, device: torch.device) -> dict[str, Any]:
-    """Where this rank runs: hardware, versions, settings of Horovod, file system of the data, commit."""
+    """The environment of this rank: hardware, versions, settings of Horovod, file system of the data, commit."""
     import horovod
 
     found: dict[str, Any] = {
@@ -168,7 +171,7 @@ def _network() -> list[str]:
             try:
                 with open(os.path.join(folder, name, rate), encoding="ascii") as file:
                     speed = file.read().strip()
-            except OSError:  # an interface that is down, or of no speed
+            except OSError:  # an interface that is down or reports no speed
                 continue
             if rate != "speed" or speed not in ("", "-1"):
                 found.append(f"{name} {speed} Mbit/s" if rate == "speed" else f"{name} {speed}")
@@ -176,14 +179,14 @@ def _network() -> list[str]:
 
 
 def _file_system(data: str) -> str:
-    """Kind of the file system in which the data lie."""
+    """Kind of the file system that holds the data."""
     if is_remote(data):
         return data.partition("://")[0]
     return file_system(data)
 
 
 def _commit() -> str:
-    """Commit of this code, with a + where the work tree differs from it; empty outside a repository."""
+    """Commit of this code, with a + where the work tree differs from it; "" outside a repository."""
     commands = (["git", "rev-parse", "--short=12", "HEAD"], ["git", "status", "--porcelain", "-uno", "--", "job"])
     try:
         commit, changed = (

@@ -1,4 +1,4 @@
-"""What a run leaves for its reader: the run directory's metrics, TensorBoard, and rank 0's lines on the terminal.
+"""The records of a run: metrics and TensorBoard in the run directory, and rank 0's lines on the terminal.
 
 In: values of steps and validations. Out: metrics.jsonl, tensorboard/, config.yaml, summary.json, a line of progress.
 """
@@ -27,14 +27,14 @@ _locks: dict[str, TextIO] = {}  # folders that this process holds
 def lock(folder: str, instead: str) -> None:
     """Hold a folder until this process ends. Raises InputError and OSError as shards.machine.lock.hold does."""
     path = os.path.abspath(os.path.join(folder, ".lock"))
-    if path not in _locks:  # in elastic training a process comes back to its run
+    if path not in _locks:  # in elastic training a process opens its run again
         _locks[path] = hold(path, folder, instead)
 
 
 class RunLog:
     """Rank 0's record of a run. On other ranks every method does nothing.
 
-    A full disk does not end training: what could not be written is told on stderr and counted in `failures`.
+    A full disk does not end training: a file that could not be written is reported on stderr and counted in `failures`.
     """
 
     def __init__(self, out: str, active: bool):
@@ -56,7 +56,7 @@ class RunLog:
         return os.path.join(self.out, name)
 
     def open(self, step: int) -> None:
-        """Begin to write, after `step` steps. What an earlier part of the run wrote of later steps is taken out."""
+        """Begin to write after `step` steps. Drop the lines past `step` that an earlier attempt wrote."""
         if not self.active:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -77,19 +77,19 @@ class RunLog:
             self.attempt("tensorboard", lambda: self._to_tensorboard(kind, step, values))
 
     def hang(self, step: int, epoch: int, reason: str) -> None:
-        """Note that the ranks did not get on. Any rank may call it: rank 0 may be the one that hangs."""
-        with contextlib.suppress(OSError):  # it has been said on stderr
+        """Record that the ranks made no progress. Any rank may call it: rank 0 may be the one that hangs."""
+        with contextlib.suppress(OSError):  # it has been reported on stderr
             append_line(self.path("metrics.jsonl"), "event", step, epoch, event="hang", reason=reason)
 
     def _to_tensorboard(self, kind: str, step: int, values: dict[str, float]) -> None:
         writer = self._tensorboard or self._open_tensorboard()
-        self._tensorboard = None  # one that has failed once fails for ever
+        self._tensorboard = None  # a writer that has failed once always fails
         for name, value in values.items():
             writer.add_scalar(f"{kind}/{name}", value, step)
         self._tensorboard = writer
 
     def attempt(self, what: str, write: Callable[[], None]) -> None:
-        """Write a file of the run; one that cannot be written is told of, now and then, and does not end the run."""
+        """Write a file of the run. A failure is reported, at most every WARN_SECONDS, and does not end the run."""
         try:
             write()
         except OSError as error:
@@ -107,18 +107,18 @@ class RunLog:
         self._print(lambda: (self.line.clear(), print(f"warning: {text}", file=sys.stderr, flush=True)))
 
     def progress(self, text: str) -> None:
-        """How far training is: on a terminal in a line that is rewritten, else a new one."""
+        """Show the progress: on a terminal in a line that is rewritten, else in a new line."""
         self._print(lambda: self.line.show(text))
 
     def _print(self, write: Callable[[], Any]) -> None:
         if self.active:
             try:
                 write()
-            except OSError:  # who read it has gone (`| head`), or its disk is full: training goes on in silence
+            except OSError:  # the reader has gone (`| head`), or its disk is full: training goes on silently
                 drop_output()
 
     def close(self) -> None:
-        """End the line on a terminal, and TensorBoard's file."""
+        """Clear the line on the terminal, and close TensorBoard's file."""
         if self.active:
             self._print(self.line.clear)
             if self._tensorboard is not None:
@@ -126,19 +126,20 @@ class RunLog:
                 self._tensorboard = None
 
     def summary(self, values: dict[str, Any]) -> None:
+        """Write summary.json."""
         if self.active:
             text = json.dumps(values, indent=1) + "\n"
             self.attempt("summary.json", lambda: write_whole(self.path("summary.json"), text.encode()))
 
     def timings(self, values: dict[str, Any]) -> None:
-        """What a scaling study reads: sections of a step on every rank, and where that was."""
+        """Write timings.json, which scaling studies read: sections of a step on every rank, and the environment."""
         if self.active:
             text = json.dumps(values) + "\n"
             self.attempt("timings.json", lambda: write_whole(self.path("timings.json"), text.encode()))
 
 
 def append_line(path: str, kind: str, step: int, epoch: int, **values: Any) -> None:
-    """Append a line of metrics, whole or not at all. Raises OSError."""
+    """Append a line of metrics, completely or not at all. Raises OSError."""
     # JSON has no NaN: a value that is not finite becomes null.
     clean = {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in values.items()}
     line = json.dumps({"kind": kind, "step": step, "epoch": epoch, "time": round(time.time(), 3), **clean}) + "\n"
@@ -156,7 +157,7 @@ def append_line(path: str, kind: str, step: int, epoch: int, **values: Any) -> N
 
 
 def write_textfile(path: str, values: dict[str, float], out: str) -> None:
-    """Write `values` as gauges for the textfile collector of Prometheus' node_exporter; it never sees half of them."""
+    """Write `values` as gauges for the textfile collector of Prometheus' node_exporter, all of them or none."""
     label = re.sub(r'([\\"])', r"\\\1", out).replace("\n", "\\n")
     lines = []
     for name, value in {**values, "time_seconds": time.time()}.items():
@@ -167,7 +168,7 @@ def write_textfile(path: str, values: dict[str, float], out: str) -> None:
 
 
 def _belongs(line: str, step: int) -> bool:
-    """Whether a line of metrics.jsonl is whole and of the first `step` steps; events always stay."""
+    """Whether a line of metrics.jsonl is complete and an event, or of the first `step` steps."""
     try:
         fields = json.loads(line)
         return fields["kind"] == "event" or fields["step"] <= step

@@ -1,7 +1,8 @@
-"""What the ranks report of their steps, added up: lines of metrics, the progress line, slow ranks, when to stop.
+"""The reports of all ranks on their steps, added up: lines of metrics, the progress line, slow ranks, when to stop.
 
 In: a few numbers of every step from every rank. Out: `train` lines of the run's metrics, a Prometheus text file if
-wanted, `stop` when a rank was asked to, sums for the run's summary. Nobody waits for a report: it is read a step late.
+wanted, `stop` when a rank was asked to stop, sums for the run's summary. A report is read one step late, so that no
+rank waits for it.
 """
 
 import math
@@ -13,6 +14,7 @@ import horovod.torch as hvd
 import torch
 
 from job.batches.loader import too_many_bad
+from job.config import Config
 from job.ranks.process import Failed, StepReports
 from job.run.log import RunLog, write_textfile
 from job.run.timing import StepTimer, gpu_use
@@ -20,13 +22,13 @@ from shards.errors import InputError
 from shards.format.split import Split
 from shards.machine.progress import duration
 
-# First steps of a process, in which buffers are made and readers start: left out of images_per_second.
+# First steps of a process, in which buffers are made and readers start: images_per_second leaves them out.
 WARMUP_STEPS = 10
-# Share of a short run that may be counted as warm-up.
+# At most this share of a short run counts as warm-up.
 WARMUP_SHARE = 0.2
-# Steps that the rate on a terminal is the mean of, where the line is rewritten several times a second.
+# Steps over which the rate on a terminal is averaged, where the line is rewritten several times per second.
 RATE_STEPS = 20
-# A rank is slow from this many times the median of the others on, measured over at least so many steps and seconds.
+# A rank is slow if it takes this many times the median of the others, over at least so many steps and seconds.
 SLOW, SLOW_STEPS, SLOW_SECONDS = 1.2, 5, 1.0
 
 
@@ -58,15 +60,18 @@ class Sums:
 
 
 class Progress:
-    """Takes in every step of every rank. All ranks call its methods together.
+    """Adds up every step of every rank. All ranks call its methods together.
+
+    Args:
+        steps: those of this start of the run.
 
     Attributes:
-        stop: a rank was asked to stop, and all know it.
-        warmup: steps that do not count as steady.
-        steady: sums without the warm-up; `whole`: with it.
+        stop: a rank was asked to stop, and all ranks know it.
+        warmup: number of steps that `steady` leaves out.
+        steady, whole: sums without and with the warm-up.
     """
 
-    def __init__(self, config, log: RunLog, split: Split, steps: range, timer: StepTimer, device: torch.device):
+    def __init__(self, config: Config, log: RunLog, split: Split, steps: range, timer: StepTimer, device: torch.device):
         self.config, self.log, self.split, self.steps = config, log, split, steps
         self.nsamples = split.nsamples
         self.stop = False
@@ -74,23 +79,31 @@ class Progress:
         self.steady, self.whole = Sums(self.warmup), Sums(0)
         self._recent = Sums(0)  # since the last line of metrics
         self._shown = Sums(1)  # since the last line on the screen; the first step compiles, and would spoil the rate
-        self._rate = ""  # what those of the line before were
-        self._first = None  # when the first step had ended: the ETA counts from there
+        self._rate = ""  # as the line on the screen says it
+        self._first = None  # time at the end of the first step: the ETA counts from there
         self._timer, self._device = timer, device
         self._reports, self._ranks = StepReports(), None
-        self._bad_epoch, self._bad = -1, 0  # samples of that epoch that could not be used, of all ranks
-        self._own = self._own_before = 0.0, 0.0  # seconds of computing and of waiting for data, of this rank alone
+        self._bad_epoch, self._bad = -1, 0  # invalid samples of that epoch, of all ranks
+        self._own_before = 0.0, 0.0  # seconds of computing and of waiting for data of this rank, at the last line
         self._wait = 0.0
         self._hosts = hvd.allgather_object(socket.gethostname(), name="progress_hosts")
         self._slow: set[int] = set()
         self._since = time.perf_counter()
 
     def restart_clock(self) -> None:
-        """What happened since the last step (a validation, a checkpoint) is not time of the next."""
+        """Do not count the time since the last step (a validation, a checkpoint) as part of the next."""
         self._since = time.perf_counter()
 
     def exchange(self, step: int, rate: float, losses: list[float], wait: float, bad: int, stop: bool) -> None:
-        """Hand in a step of this rank, and take in the one before it from all ranks."""
+        """Report a step of this rank, and receive the reports of all ranks on the step before.
+
+        Args:
+            rate: learning rate.
+            losses: those that are known by now: none, or that of an earlier step.
+            wait: seconds of waiting for data.
+            bad: invalid samples that were replaced.
+            stop: this rank was asked to stop.
+        """
         now = time.perf_counter()
         elapsed, self._since = now - self._since, now
         self._wait += wait
@@ -105,7 +118,7 @@ class Progress:
         self._note(before, ranks)
 
     def collect(self) -> None:
-        """Take in the step that is still outstanding."""
+        """Receive the reports that are still on their way."""
         self._note(self._reports.collect(), self._collect_ranks())
 
     def _collect_ranks(self) -> list[list[float]]:
@@ -136,8 +149,10 @@ class Progress:
             self._recent.reset()
 
     def _count_bad(self, epoch: int, bad: int) -> None:
-        """Raise InputError, on all ranks, when too many samples are of no use. In an epoch each comes once, so a count
-        of their replacements in it is one of samples."""
+        """Raise InputError, on all ranks, when too many samples are invalid.
+
+        Within an epoch each sample comes once, so the number of replacements is that of invalid samples.
+        """
         if epoch != self._bad_epoch:
             self._bad_epoch, self._bad = epoch, 0
         self._bad += bad
@@ -145,7 +160,7 @@ class Progress:
             raise InputError(too_many_bad(self._bad, self.split, self.config.stream.max_bad_fraction))
 
     def _show(self, step: int, epoch: int, loss: float) -> None:
-        """The state on the screen: of the first and the last step, and in between as often as a reader wants it."""
+        """Show the progress on the screen: of the first and the last step, and now and then in between."""
         now, last, shown = time.perf_counter(), self.steps[-1] + 1, self._shown
         self._first = self._first or now
         if not self.log.line.due() and step not in (self.steps[0], self.steps[-1]):
@@ -156,9 +171,9 @@ class Progress:
             self._rate = f" {rate:,.0f} images/s, data wait {shown.wait / shown.seconds:.0%}"
             loss = shown.loss
             shown.reset()
-        if math.isfinite(loss):  # a GPU's come two steps late
+        if math.isfinite(loss):  # that of a GPU comes two steps late
             text += f" loss {loss:.4f}"
-        if self._rate:  # validations and checkpoints count for the ETA as soon as one of them has been
+        if self._rate:  # the ETA counts validations and checkpoints, too, as soon as there was one
             pace = (now - self._first) / (step - self.steps[0])
             text += f"{self._rate} ETA {duration((last - step - 1) * pace)}"
         self.log.progress(text)
@@ -188,9 +203,13 @@ class Progress:
             )
 
     def _compare(self, step: int, epoch: int, ranks: list[list[float]]) -> dict[str, float]:
-        """The slowest rank of the last steps; a rank that has become slow is named in the log."""
+        """The slowest rank of the last steps, as fields of a line; a rank that has become slow is reported.
+
+        Args:
+            ranks: seconds of computing and of waiting, GPU memory in bytes, GPU utilisation (-1: unknown) of each rank.
+        """
         busy = [compute + wait for compute, wait, *_ in ranks]
-        # Each rank is compared with the others alone: of two ranks, the slower one would move the median of both.
+        # Each rank is compared with the others only: with two ranks, the slower one would move the median of both.
         medians = [statistics.median(busy[:rank] + busy[rank + 1 :] or busy) for rank in range(len(busy))]
         slowest = max(range(len(busy)), key=busy.__getitem__)
         factor = busy[slowest] / medians[slowest] if medians[slowest] else 1.0

@@ -94,9 +94,13 @@ def leave_behind(start: RunState, config: settings.Config, log: RunLog) -> None:
 
 
 def same_settings(ours: dict, theirs: dict, where: str) -> None:
-    """Raise InputError when a setting that decides what is computed differs from that of an earlier part of the run.
+    """Raise InputError when a setting that decides what is computed is not the same as before.
 
     A setting that an older version did not have counts as its default.
+
+    Args:
+        ours, theirs: settings by option name, of this start and of an earlier one.
+        where: file or folder of the earlier ones.
     """
     theirs = settings.to_flat(settings.from_flat(theirs, where))
     for name, value in theirs.items():
@@ -132,12 +136,12 @@ def same_data(ours: RunState, theirs: RunState, split: Split, path: str, log: Ru
 
 
 def content(split) -> list[tuple[str, int, str]]:
-    """Name, bytes and sha256 of the labels and of every shard, as the index gives them; 0 and "" where it does not."""
+    """Name, bytes and sha256 of the labels and of every shard, as the index has them; 0 and "" where it has not."""
     shards = [(os.path.basename(shard.url), shard.filesize, shard.sha256) for shard in split.shards]
     return [(split.labels, 0, split.labels_sha256), *shards]
 
 
 def fingerprint(split) -> str:
-    """What the order of samples depends on: names and lengths of the shards, wherever they lie."""
+    """sha256 of what the order of samples depends on: names and lengths of the shards, in whatever folder they are."""
     text = "\n".join(f"{os.path.basename(shard.url)} {shard.nsamples}" for shard in split.shards)
     return hashlib.sha256(text.encode()).hexdigest()
