@@ -14,13 +14,7 @@ from shards.command import run
 from shards.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
-
-    from job.batches.data import Data
     from job.ranks.elastic import Memory
-    from job.run.checkpoint import RunState
-    from job.run.log import RunLog
-    from job.run.loop import Extent, Loop
 
 DESCRIPTION = "Train AlexNet with ring allreduce over MPI, NCCL or Gloo, reading WebDataset shards."
 
@@ -69,7 +63,12 @@ def train(config: Config, memory: "Memory") -> None:
         return
     if rank == 0:
         leave_behind(start, config, log)
-    begin_log(log, config, extent, start, memory.reason)
+    log.open(start.step)
+    about = {"world_size": ranks, "last_step": extent.last, "slurm_job": os.environ.get("SLURM_JOB_ID")}
+    about |= {"after": memory.reason} if memory.reason else {}
+    log.write("event", start.step, extent.epoch(start.step), event="start", **about)
+    if config.timeline:
+        hvd.start_timeline(log.path("timeline.json"))
 
     # Readers begin to read this rank's part of every batch. Meanwhile: the network, its optimizer, the ranks' strategy.
     loader, val_loader = make_loaders(config, data, rank, ranks, start.step, pin=device.type == "cuda")
@@ -91,52 +90,10 @@ def train(config: Config, memory: "Memory") -> None:
     )  # fmt: skip
     # From here on a rank that stands still ends the job.
     heartbeat.watch(loop.signs_of_life, lambda reason: log.hang(loop.number, loop.epoch, reason))
-    say_start(log, config, data, device, extent, start, memory.reason)
+    loop.say_start()
     loop.run()
     loop.report()
-    end(loop, config, log)
-
-
-def begin_log(log: "RunLog", config: Config, extent: "Extent", start: "RunState", reason: str) -> None:
-    """Open the files of the run directory; `reason`: why elastic training starts again, or ""."""
-    import horovod.torch as hvd
-
-    log.open(start.step)
-    about = {"world_size": hvd.size(), "last_step": extent.last, "slurm_job": os.environ.get("SLURM_JOB_ID")}
-    if reason:
-        about["after"] = reason
-    log.write("event", start.step, extent.epoch(start.step), event="start", **about)
-    if config.timeline:
-        hvd.start_timeline(log.path("timeline.json"))
-
-
-def say_start(
-    log: "RunLog",
-    config: Config,
-    data: "Data",
-    device: "torch.device",
-    extent: "Extent",
-    start: "RunState",
-    reason: str,
-) -> None:
-    """Print the first lines of a run; `reason`: why elastic training starts again, or ""."""
-    import horovod.torch as hvd
-
-    from job.batches.data import match_size
-
-    train, val = data.train, data.val
-    if reason:
-        log.say(f"{reason}: going on after step {start.step} with {hvd.size()} ranks")
-    if val and (warning := match_size(val, config.image_size, (train.height, train.width))):
-        log.warn(warning)
-    resumed = f"from step {start.step + 1} " if start.step else ""
-    validation = f", {val.nsamples:,} for validation" if val else ""
-    log.say(
-        f"recipe {config.recipe}: AlexNet at {config.image_size} px, {config.model.classes} classes, "
-        f"{config.precision} on {hvd.size()} x {device.type}, parallel {config.parallel}\n"
-        f"data {config.data}: {train.nsamples:,} training images in {len(train.shards)} shards{validation}\n"
-        f"run {config.out}: {resumed}to step {extent.last}, {config.global_batch} images per step over all ranks"
-    )
+    loop.end()
 
 
 def already_finished(config: Config, step: int, last_step: int) -> str:
@@ -149,23 +106,6 @@ def already_finished(config: Config, step: int, last_step: int) -> str:
     if longer == "--epochs" and config.optim.schedule in settings.SCHEDULES_TO_THE_END:
         return f"{config.out} is finished: {step} steps of {last_step}. Choose another --out for another run."
     return f"{config.out} is finished: {step} steps of {last_step}. Ask for more {longer} or another --out."
-
-
-def end(loop: "Loop", config: Config, log: "RunLog") -> None:
-    """Raise Stopped or Failed, on all ranks alike, where the run is not done or not all of it could be written."""
-    import horovod.torch as hvd
-
-    from job.ranks.process import Failed, Stopped
-
-    # Only rank 0 knows what could not be written; all ranks leave with the same exit code.
-    counts = [(loop.checkpoints.failures, "checkpoints"), (log.failures, "lines or files of metrics")]
-    unwritten = ", ".join(f"{count} {what}" for count, what in counts if count)
-    lost, unwritten = hvd.broadcast_object((loop.checkpoints.last_failed, unwritten), name="unwritten")
-    if loop.stopped and not lost:
-        log.say(f"stopped on {loop.stop.requested or 'request'}; the same command goes on at step {loop.number + 1}")
-        raise Stopped
-    if unwritten:
-        raise Failed(f"{unwritten} could not be written to {config.out} (warnings above); make room, and run it again")
 
 
 def main() -> None:

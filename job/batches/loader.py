@@ -10,6 +10,7 @@ import logging
 import mmap
 import os
 import time
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -96,24 +97,26 @@ class _SharedSlots:
         memory = mmap.mmap(self.descriptor, self.sizes[0])
         memory[self.nbytes :] = about
         self.slots = Slots(memory, config)
-        self._pinned = pin and self._pin()
+        address = self.slots.images.__array_interface__["data"][0]
+        pinned = pin and _pin(address, self.nbytes)
+        # Also when this object is forgotten. Batches stay readable.
+        self.close = weakref.finalize(self, _release, self.descriptor, address if pinned else 0)
+        self.close.atexit = False
 
-    @property
-    def _address(self) -> int:
-        return self.slots.images.__array_interface__["data"][0]
 
-    def _pin(self) -> bool:
-        error = torch.cuda.cudart().cudaHostRegister(self._address, self.nbytes, 0)
-        if int(error) != 0:
-            log.warning("the batch slots cannot be pinned (CUDA error %s): copies to the GPU will not overlap", error)
-        return int(error) == 0
+def _pin(address: int, size: int) -> bool:
+    error = torch.cuda.cudart().cudaHostRegister(address, size, 0)
+    if int(error) != 0:
+        log.warning("the batch slots cannot be pinned (CUDA error %s): copies to the GPU will not overlap", error)
+    return int(error) == 0
 
-    def close(self) -> None:
-        """Batches stay readable."""
-        if self._pinned:
-            torch.cuda.synchronize()  # no copy from them may be under way
-            torch.cuda.cudart().cudaHostUnregister(self._address)
-        os.close(self.descriptor)
+
+def _release(descriptor: int, pinned: int) -> None:
+    """Close a memory, and undo `_pin` of the address `pinned`, if it is not 0."""
+    if pinned:
+        torch.cuda.synchronize()  # no copy from the slots may be under way
+        torch.cuda.cudart().cudaHostUnregister(pinned)
+    os.close(descriptor)
 
 
 class Loader:

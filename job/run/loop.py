@@ -11,14 +11,14 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
-from job.batches.data import Data
+from job.batches.data import Data, match_size
 from job.batches.device import to_device
 from job.batches.loader import Batch, Loader
 from job.batches.synthetic import SyntheticLoader
 from job.config import Config
 from job.network.sgd import learning_rate
 from job.ranks.elastic import Memory
-from job.ranks.process import StopSignals
+from job.ranks.process import Failed, Stopped, StopSignals
 from job.run.breakdown import run_profile
 from job.run.checkpoint import CheckpointWriter, RunState
 from job.run.log import RunLog
@@ -107,6 +107,23 @@ class Loop:
     def _stopping(self) -> bool:
         """The ranks know that one of them was asked to stop."""
         return self._progress.stop or self._gave_up
+
+    def say_start(self) -> None:
+        """Print the first lines of the run."""
+        config, train, val, first = self.config, self.data.train, self.data.val, self.start.step
+        if self.memory.reason:
+            self.log.say(f"{self.memory.reason}: going on after step {first} with {hvd.size()} ranks")
+        if val and (warning := match_size(val, config.image_size, (train.height, train.width))):
+            self.log.warn(warning)
+        resumed = f"from step {first + 1} " if first else ""
+        validation = f", {val.nsamples:,} for validation" if val else ""
+        self.log.say(
+            f"recipe {config.recipe}: AlexNet at {config.image_size} px, {config.model.classes} classes, "
+            f"{config.precision} on {hvd.size()} x {self.device.type}, parallel {config.parallel}\n"
+            f"data {config.data}: {train.nsamples:,} training images in {len(train.shards)} shards{validation}\n"
+            f"run {config.out}: {resumed}to step {self.extent.last}, {config.global_batch} images per step over all "
+            f"ranks"
+        )
 
     def run(self) -> None:
         """Train. Afterwards the last state is on disk, or `checkpoints.last_failed`."""
@@ -239,6 +256,21 @@ class Loop:
         self.log.summary(summary)
         self.log.timings(run_profile(self.config, self.data.train, self._timer, self._progress.warmup, self.device))
         self.log.say(table(summary, wall, self.config.out))
+
+    def end(self) -> None:
+        """Raise Stopped or Failed, on all ranks alike, if the run is not done or a file could not be written."""
+        # Only rank 0 knows what could not be written; all ranks leave with the same exit code.
+        counts = [(self.checkpoints.failures, "checkpoints"), (self.log.failures, "lines or files of metrics")]
+        unwritten = ", ".join(f"{count} {what}" for count, what in counts if count)
+        lost, unwritten = hvd.broadcast_object((self.checkpoints.last_failed, unwritten), name="unwritten")
+        if self.stopped and not lost:
+            signal = self.stop.requested or "request"
+            self.log.say(f"stopped on {signal}; the same command goes on at step {self.number + 1}")
+            raise Stopped
+        if unwritten:
+            raise Failed(
+                f"{unwritten} could not be written to {self.config.out} (warnings above); make room, and run it again"
+            )
 
     def _summary(self, seconds: dict[str, float]) -> dict[str, Any]:
         """The contents of summary.json; `seconds`: where the wall time of this start went."""

@@ -1,0 +1,85 @@
+"""One step of a rank: its whole state can be saved and loaded, whatever strategy and pass it is made of."""
+
+import horovod.torch as hvd
+import pytest
+import torch
+
+from job import config
+from job.run.step import Step
+
+SMALL = "--recipe demo --model.width 0.0625 --model.classes 5 --data d --global-batch 4".split()
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    """One rank without MPI, which would leave its traces in the environment of other tests' processes."""
+    for name, value in {"rank": 0, "size": 1}.items():
+        monkeypatch.setattr(hvd, name, lambda value=value: value)
+    monkeypatch.setattr(hvd, "broadcast_parameters", lambda parameters, root_rank: None)
+    monkeypatch.setattr(torch.cuda, "Event", object)
+
+
+def make(parallel, kernels="plain", seed=1):
+    options = ["--parallel", parallel, "--precision", "bf16", "--model.dropout", "0.5", "--seed", str(seed)]
+    return Step(config.parse([*SMALL, *options], "job.train", ""), torch.device("cpu"), kernels, images=4)
+
+
+def train(step, numbers):
+    losses = []
+    for number in numbers:
+        draw = torch.Generator().manual_seed(number)
+        images = torch.randint(0, 256, (4, 67, 67, 3), dtype=torch.uint8, generator=draw)
+        labels = torch.randint(5, (4,), generator=draw)
+        prepared = step.prepare(images, torch.zeros(4, 2, dtype=torch.int32), torch.zeros(4, dtype=torch.bool))
+        losses.append(step.run(prepared, labels, number).item())
+    return losses
+
+
+def copied(state):
+    return {kind: {name: tensor.clone() for name, tensor in tensors.items()} for kind, tensors in state.items()}
+
+
+def same(one, other):
+    return all(torch.equal(tensor, other[kind][name]) for kind in one for name, tensor in one[kind].items())
+
+
+def test_a_loaded_state_continues_with_the_same_bits():
+    step = make("weights")
+    train(step, range(3))
+    kept = copied(step.state())
+    losses, after = train(step, range(3, 6)), copied(step.state())
+    again = make("weights")
+    again.load(**kept)
+    again.share()
+    assert same(kept, again.state())
+    assert train(again, range(3, 6)) == losses and same(after, again.state())
+
+
+@pytest.mark.parametrize(
+    ("parallel", "kernels"), [("weights", "plain"), ("weights", "fast"), ("gradients", "fast"), ("hybrid", "plain")]
+)
+def test_a_state_fits_every_strategy_and_pass(parallel, kernels):
+    """Also the copies of weights that the fast kernels read, and the rows that a rank of hybrid updates."""
+    source = make("weights", seed=2)
+    train(source, range(2))
+    step = make(parallel, kernels)
+    assert not same(source.state(), step.state())
+    step.load(**source.state())
+    step.share()
+    assert same(source.state(), step.state())
+    if kernels == "fast":
+        copies = step._optimizer.copies
+        assert len(copies) == 3 and all(torch.equal(copy, weight.bfloat16()) for weight, copy in copies.items())
+    if parallel == "hybrid":
+        rows = step._strategy.rows
+        assert len(rows) == 6 and all(torch.equal(own, source.state()["model"][name]) for name, own in rows.items())
+
+
+def test_sections_of_a_step_are_marked_in_their_order():
+    marks = []
+    step = make("weights")
+    images = step.prepare(
+        torch.zeros(4, 67, 67, 3, dtype=torch.uint8), torch.zeros(4, 2, dtype=torch.int32), torch.zeros(4).bool()
+    )
+    step.run(images, torch.zeros(4, dtype=torch.int64), 0, marks.append)
+    assert marks == ["forward and backward", "allreduce, not hidden", "update", "allreduce, not hidden"]
