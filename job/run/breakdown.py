@@ -11,17 +11,17 @@ from typing import Any
 
 import horovod.torch as hvd
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from job.config import Config
+from job.network.alexnet import build
+from job.run.resume import versions
 from job.run.timing import SECTIONS, StepTimer
 from shards import ROOT
 from shards.format.split import Split
 from shards.machine.caches import file_system
 from shards.machine.files import is_remote
 
-_HOST_BYTES = 64  # of a host name, which is gathered as a tensor like the rest
 # Settings of the layers below that change the speed of an allreduce.
 _TUNING = ("HOROVOD_", "NCCL_", "OMP_NUM_THREADS", "UCX_")
 _NOT_TUNING = (
@@ -36,7 +36,7 @@ _NOT_TUNING = (
 )
 
 
-def run_profile(config: Config, split: Split, timer: StepTimer, warmup: int, device: torch.device) -> dict[str, Any]:
+def breakdown(config: Config, split: Split, timer: StepTimer, warmup: int, device: torch.device) -> dict[str, Any]:
     """Contents of timings.json; called by all ranks together.
 
     `ranks` has mean, median and 95th percentile of each section, in seconds per step. `fastest` and `slowest` are the
@@ -48,7 +48,7 @@ def run_profile(config: Config, split: Split, timer: StepTimer, warmup: int, dev
     """
     rows = torch.tensor(list(timer.rows), dtype=torch.float64).reshape(-1, len(SECTIONS))  # (steps, sections)
     rows = rows[warmup if len(rows) > warmup else 0 :]
-    profile: dict[str, Any] = {
+    found: dict[str, Any] = {
         "steps": len(rows),
         "global_batch": config.global_batch,
         "epochs": config.epochs,
@@ -59,16 +59,16 @@ def run_profile(config: Config, split: Split, timer: StepTimer, warmup: int, dev
         share = torch.tensor([0.5, 0.95], dtype=torch.float64)
         own = torch.cat([rows.mean(0, keepdim=True), torch.quantile(rows, share, dim=0)])  # (3, sections)
         ranks = hvd.allgather(own[None], name="profile_ranks").tolist()
-        hosts = hvd.allgather(_text(socket.gethostname())[None], name="profile_hosts")
+        hosts = hvd.allgather_object(socket.gethostname(), name="profile_hosts")
         step = rows.sum(1, keepdim=True)  # (steps, 1)
         low = hvd.allreduce(rows, op=hvd.Min, name="profile_min").mean(0).tolist()
         high = hvd.allreduce(rows, op=hvd.Max, name="profile_max").mean(0).tolist()
-        profile |= {
+        found |= {
             "step_seconds": {"mean": step.mean().item(), "std": step.std(correction=0).item()},
             "ranks": [
                 {
                     "rank": rank,
-                    "host": bytes(host.tolist()).rstrip(b"\0").decode(),
+                    "host": host,
                     **{k: _named(values) for k, values in zip(("mean", "median", "p95"), three, strict=True)},
                 }
                 for rank, (three, host) in enumerate(zip(ranks, hosts, strict=True))
@@ -76,9 +76,9 @@ def run_profile(config: Config, split: Split, timer: StepTimer, warmup: int, dev
             "fastest": _named(low),
             "slowest": _named(high),
         }
-    profile["gradients"] = gradients(config) if hvd.rank() == 0 else []
-    profile["environment"] = environment(config.data, device)
-    return profile
+    found["gradients"] = gradients(config) if hvd.rank() == 0 else []
+    found["environment"] = environment(config.data, device)
+    return found
 
 
 def gradients(config: Config) -> list[dict[str, Any]]:
@@ -87,8 +87,6 @@ def gradients(config: Config) -> list[dict[str, Any]]:
     Each has `name`, `shape`, `bytes` and `ready`: the share of the backward pass that is over when it is complete,
     estimated from the layers' multiplications (the first layer needs no gradient of its input).
     """
-    from job.network.alexnet import build
-
     with torch.device("meta"):
         model = build(config).eval()  # batch normalisation refuses to learn from a single image
         image = torch.empty(1, 3, config.image_size, config.image_size)
@@ -114,8 +112,6 @@ def gradients(config: Config) -> list[dict[str, Any]]:
 
 def environment(data: str, device: torch.device) -> dict[str, Any]:
     """The environment of this rank: hardware, versions, settings of Horovod, file system of the data, commit."""
-    import horovod
-
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
         "cores": len(os.sched_getaffinity(0)),
@@ -123,15 +119,9 @@ def environment(data: str, device: torch.device) -> dict[str, Any]:
         "ranks_per_node": hvd.local_size(),
         "nodes": hvd.cross_size(),
         "network": _network(),
-        "horovod_over": "NCCL"
-        if device.type == "cuda" and hvd.nccl_built()
-        else "MPI"
-        if hvd.mpi_enabled()
-        else "Gloo",
+        "horovod_over": _transport(device),
         "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "horovod": horovod.__version__,
+            **versions(),
             "cuda": torch.version.cuda or "",
             "nccl": ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else "",
         },
@@ -144,14 +134,15 @@ def environment(data: str, device: torch.device) -> dict[str, Any]:
     return found
 
 
+def _transport(device: torch.device) -> str:
+    """What Horovod's messages go through."""
+    if device.type == "cuda" and hvd.nccl_built():
+        return "NCCL"
+    return "MPI" if hvd.mpi_enabled() else "Gloo"
+
+
 def _named(values: list[float]) -> dict[str, float]:
     return {name: round(value, 9) for name, value in zip(SECTIONS, values, strict=True)}
-
-
-def _text(text: str) -> Tensor:
-    """A text as a tensor of bytes of fixed length. (_HOST_BYTES,)"""
-    data = text.encode()[:_HOST_BYTES]
-    return torch.tensor(list(data.ljust(_HOST_BYTES, b"\0")), dtype=torch.uint8)
 
 
 def _cpu() -> str:

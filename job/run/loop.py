@@ -19,7 +19,7 @@ from job.config import Config
 from job.network.sgd import learning_rate
 from job.ranks.elastic import Memory
 from job.ranks.process import Failed, Stopped, StopSignals
-from job.run.breakdown import run_profile
+from job.run.breakdown import breakdown
 from job.run.checkpoint import CheckpointWriter, RunState
 from job.run.log import RunLog
 from job.run.progress import Progress
@@ -254,7 +254,7 @@ class Loop:
         summary = self._summary({"start-up": self._start_up, **sections, **self._seconds})
         self.log.write("event", self.number, self.epoch, event=summary["status"], signal=self.stop.requested)
         self.log.summary(summary)
-        self.log.timings(run_profile(self.config, self.data.train, self._timer, self._progress.warmup, self.device))
+        self.log.timings(breakdown(self.config, self.data.train, self._timer, self._progress.warmup, self.device))
         self.log.say(table(summary, wall, self.config.out))
 
     def end(self) -> None:
