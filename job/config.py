@@ -28,6 +28,8 @@ def setting(default: Any, help: str) -> Any:
 
 @dataclass
 class Model:
+    """Settings of the network: `--model.*`."""
+
     lrn: Literal["after-pool", "before-pool", "none"] = setting("after-pool", "place of local response normalisation")
     dropout: float = setting(0.5, "probability with which fc6 and fc7 outputs are dropped")
     width: float = setting(1.0, "factor on the channels of every hidden layer")
@@ -37,6 +39,8 @@ class Model:
 
 @dataclass
 class Optim:
+    """Settings of the optimizer and the learning rate: `--optim.*`."""
+
     kind: Literal["sgd", "lars"] = setting("sgd", "sgd: with momentum; lars: a rate for each layer, for large batches")
     lr: float = setting(0.01, "learning rate of weights, before the schedule")
     lars_trust: float = setting(1e-3, "kind lars: share of a layer's norm that a step changes, at learning rate 1")
@@ -52,6 +56,8 @@ class Optim:
 
 @dataclass
 class Data:
+    """Settings of the training data: `--data.*`."""
+
     mirror: bool = setting(True, "mirror half of the training images, chosen at random")
     random_crop: bool = setting(True, "crop training images at a random place; false: the centre")
     window: int = setting(1024, "samples of a stream that are shuffled together; reads stay within it")
@@ -61,6 +67,8 @@ class Data:
 
 @dataclass
 class Metrics:
+    """Settings of the metrics: `--metrics.*`."""
+
     textfile: str = setting("", "file for the textfile collector of Prometheus' node_exporter, say DIR/train.prom")
 
 

@@ -12,6 +12,7 @@ from shards.errors import InputError
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises InputError."""
     parser = Parser(prog="python -m job.evaluate", description="Accuracy of a trained network on a split of shards.")
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="run directory (its newest checkpoint) or file")
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of shards")
@@ -93,6 +94,7 @@ def text(result: dict) -> str:
 
 
 def main() -> None:
+    """The command."""
     options = parse()
     from job.ranks.process import run_ranks
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises InputError."""
     parser = Parser(prog="python -m job.export", description="Export a trained network for other frameworks.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint file, or run directory (its newest)")
     parser.add_argument("--format", required=True, choices=("onnx", "safetensors"))
@@ -75,6 +76,7 @@ def export_safetensors(state: "RunState", model: "AlexNet", path: str) -> None:
 
 
 def main() -> None:
+    """The command."""
     options = parse()
     folder = os.path.dirname(os.path.abspath(options.out))
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):

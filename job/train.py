@@ -109,6 +109,7 @@ def already_finished(config: Config, step: int, last_step: int) -> str:
 
 
 def main() -> None:
+    """The command."""
     config = settings.parse(None, "python -m job.train", DESCRIPTION)
     if config.timeline:
         os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # lets a timeline begin once the run directory is there

@@ -44,6 +44,7 @@ def pack_message(what: int, slot: int, first: int, count: int, text: str = "") -
 
 
 def unpack_message(message: bytes) -> tuple[int, int, int, int, str]:
+    """The four numbers and the text of a message."""
     return *_HEAD.unpack_from(message), message[_HEAD.size :].decode("utf-8", "replace")
 
 
@@ -59,10 +60,12 @@ class ReaderConfig:
     cores: tuple[int, ...] = ()  # to run on; empty: any
 
     def to_json(self) -> bytes:
+        """As text for another process."""
         return json.dumps(dataclasses.asdict(self)).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> "ReaderConfig":
+        """From the text of `to_json`."""
         fields = json.loads(data)
         split = fields.pop("split")
         split["classes"] = tuple(split["classes"])
@@ -139,6 +142,7 @@ class Decoder:
         self._address = slots.images.ctypes.data  # of the first slot's first row
 
     def close(self) -> None:
+        """Close the shards."""
         self._reader.close()
 
     def fill(self, slot: int, first: int, count: int, alive=lambda: True) -> list[tuple[int, str]]:

@@ -58,4 +58,4 @@ class SyntheticLoader:
         return self._batch
 
     def close(self) -> None:
-        pass
+        """Nothing to close."""

@@ -101,12 +101,14 @@ class Hybrid(Strategy):
         return own
 
     def backward(self, loss: Tensor) -> None:
+        """Compute the gradients, and begin to sum those of the convolutions."""
         super().backward(loss)
         # Each rank has the gradient of the loss of all images by way of its own images: the sum is the whole gradient.
         handle = hvd.grouped_allreduce_async_([p.grad for p in self._convolutions], op=hvd.Sum, name="convolutions")
         self._handles.append(handle)
 
     def communicate(self) -> None:
+        """Wait for the gradients of the convolutions."""
         while self._handles:
             hvd.synchronize(self._handles.pop())
 

@@ -63,6 +63,7 @@ _REQUIRED = ("step", "model", "velocity", "config", "data", "mean", "classes")
 
 
 def checkpoint_path(folder: str, step: int) -> str:
+    """Path of the checkpoint after `step` steps."""
     return os.path.join(folder, f"step-{step:08d}.pt")
 
 

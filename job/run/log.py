@@ -53,6 +53,7 @@ class RunLog:
             raise InputError(f"cannot write the run directory {out}: {error.strerror}; choose another --out") from None
 
     def path(self, name: str) -> str:
+        """Path of a file of the run directory."""
         return os.path.join(self.out, name)
 
     def open(self, step: int) -> None:

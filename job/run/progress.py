@@ -40,10 +40,12 @@ class Sums:
         self.reset()
 
     def reset(self) -> None:
+        """Start over at 0, without skipping steps again."""
         self.steps = 0
         self.seconds = self.wait = self.bad = self._loss = self._count = 0.0
 
     def add(self, loss: float, count: float, wait: float, seconds: float, bad: float) -> None:
+        """Add a step: `loss` is a sum of `count` losses, or 0 where `count` is 0."""
         if self.skip:
             self.skip -= 1
             return
@@ -56,6 +58,7 @@ class Sums:
 
     @property
     def loss(self) -> float:
+        """Mean loss; NaN where none is known."""
         return self._loss / self._count if self._count else float("nan")
 
 
