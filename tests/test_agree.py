@@ -294,6 +294,45 @@ def test_a_rank_notices_that_rank_0_has_ended(monkeypatch):
     assert ended and not beat.is_alive()
 
 
+def test_rank_0_hears_ranks_of_its_own_job_only(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: clock[0])
+    listener, token = socket.create_server(("127.0.0.1", 0)), b"t" * 16
+    peers = heartbeat._Peers(listener, token, ["n1", "n2", "n3"])
+
+    def connected(*parts):
+        peer = socket.create_connection(listener.getsockname())
+        for part in parts:
+            peer.sendall(part)
+            for _ in range(3):  # the connection, what it sends, and nothing more
+                peers.listen(0.1)
+        return peer
+
+    hello = heartbeat._HELLO.pack(token, 2)
+    strangers = [
+        connected(b""),  # says nothing
+        connected(heartbeat._HELLO.pack(b"x" * 16, 1)),
+        connected(heartbeat._HELLO.pack(token, 9)),  # no such rank
+    ]
+    assert not peers.ranks
+    clock[0] += 100
+    rank = connected(hello[:5], hello[5:] + b"\x02")  # in two parts, with a sign of life
+    assert list(peers.ranks.values()) == [2] and not peers.silent(clock[0] - 50)
+    assert "rank 1 on n2 has given no sign of life for 100 s" in peers.silent(clock[0])
+    assert peers.longest_silent() == (100, 1, "n2")
+    rank.sendall(b"\x02\x04loader.py:7, _wait")
+    peers.listen(1)
+    assert peers.waiting == {1: "", 2: "loader.py:7, _wait"} and not peers.ending
+    rank.sendall(b"\x03")
+    peers.listen(1)
+    assert peers.ending
+    rank.close()
+    peers.listen(1)
+    assert not peers.ranks
+    for stranger in (*strangers, listener):
+        stranger.close()
+
+
 # Launchers.
 
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "2"}
