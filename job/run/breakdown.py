@@ -4,7 +4,6 @@ In: the step timers of all ranks at the end of a run. Out: a dictionary for JSON
 """
 
 import os
-import platform
 import socket
 import subprocess
 from typing import Any
@@ -19,8 +18,7 @@ from job.run.resume import versions
 from job.run.timing import SECTIONS, StepTimer
 from shards import ROOT
 from shards.format.split import Split
-from shards.machine.caches import file_system
-from shards.machine.files import is_remote
+from shards.machine.facts import cpu_name, file_system
 
 # Settings of the layers below that change the speed of an allreduce.
 _TUNING = ("HOROVOD_", "NCCL_", "OMP_NUM_THREADS", "UCX_")
@@ -113,7 +111,7 @@ def gradients(config: Config) -> list[dict[str, Any]]:
 def environment(data: str, device: torch.device) -> dict[str, Any]:
     """The environment of this rank: hardware, versions, settings of Horovod, file system of the data, commit."""
     found: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "ranks_per_node": hvd.local_size(),
@@ -128,7 +126,7 @@ def environment(data: str, device: torch.device) -> dict[str, Any]:
         "tuning": {
             k: v for k, v in sorted(os.environ.items()) if k.startswith(_TUNING) and not k.startswith(_NOT_TUNING)
         },
-        "file_system": _file_system(data),
+        "file_system": file_system(data),
         "commit": _commit(),
     }
     return found
@@ -145,15 +143,6 @@ def _named(values: list[float]) -> dict[str, float]:
     return {name: round(value, 9) for name, value in zip(SECTIONS, values, strict=True)}
 
 
-def _cpu() -> str:
-    """Model of the processor."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
-
-
 def _network() -> list[str]:
     """InfiniBand ports and network interfaces that are up, with the speed they report."""
     found = []
@@ -167,13 +156,6 @@ def _network() -> list[str]:
             if rate != "speed" or speed not in ("", "-1"):
                 found.append(f"{name} {speed} Mbit/s" if rate == "speed" else f"{name} {speed}")
     return found
-
-
-def _file_system(data: str) -> str:
-    """Kind of the file system that holds the data."""
-    if is_remote(data):
-        return data.partition("://")[0]
-    return file_system(data)
 
 
 def _commit() -> str:
