@@ -58,7 +58,7 @@ class Loop:
 
     Attributes:
         number: steps made so far, over the whole run.
-        epoch: the epoch up to whose start everything that was due has been done.
+        epoch: the epoch, from 0, as of the last time that a validation or a checkpoint was due.
         stopped: the run was asked to stop, and ended before its last step or before a validation that was due.
     """
 
@@ -92,9 +92,9 @@ class Loop:
         self._trace = Trace(
             log.path("profile.json"), start.step, min(config.profile, len(steps)) if log.active else 0, log.attempt
         )
-        self._kept = self._saved = start.step  # steps after which what was due has been done; of the last checkpoint
-        self._owed = False  # a validation that was due, because the run was asked to stop
-        self._gave_up = False  # a validation, for the same reason
+        self._kept = self._saved = start.step  # step of the last validation or checkpoint; of the last checkpoint
+        self._gave_up = False  # a request to stop has ended a validation
+        self._owed = False  # a validation was due, and a request to stop prevented it
         self._validation: dict[str, float] = {}
         self._began, self._start_up = began, 0.0
         self._seconds = {"validation": 0.0, "checkpoints": 0.0}  # besides the sections of a step
@@ -243,7 +243,7 @@ class Loop:
         self.step.make_equal()
         if self.log.active:
             self.checkpoints.save(self._state(owed), best_now)
-        # Otherwise the others would wait for rank 0 in the next allreduce, and that would count as communication.
+        # Without it the others would wait for rank 0 in the next allreduce, and that would count as communication.
         hvd.barrier()
         self._seconds["checkpoints"] += time.perf_counter() - before
 
