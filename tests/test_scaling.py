@@ -253,13 +253,14 @@ def test_a_rank_a_fifth_slower_is_named_however_few_the_others_are(tmp_path, ran
 
 
 def test_sections_are_those_that_the_timers_measure():
-    from job.run.timing import SECTIONS
+    from job.run.log import SECTIONS
 
     assert tuple(name for name in study.SECTIONS if name != study.STRAGGLERS) == SECTIONS
 
 
 def test_the_timers_of_a_long_run_do_not_fill_the_memory():
-    from job.run.timing import COMPUTE, StepTimer
+    from job.run.log import COMPUTE
+    from job.run.timing import StepTimer
 
     timer = StepTimer(torch.device("cpu"))
     for _ in range(2000):

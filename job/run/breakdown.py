@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from job.config import Config
 from job.network.alexnet import build
+from job.run.log import SECTIONS
 from job.run.resume import versions
-from job.run.timing import SECTIONS, StepTimer
+from job.run.timing import StepTimer
 from shards import ROOT
 from shards.format.split import Split
 from shards.machine.facts import cpu_name, file_system

@@ -18,6 +18,11 @@ from shards.machine.files import write_whole
 from shards.machine.lock import hold
 from shards.machine.progress import Line
 
+# Sections of a training step, as timings.json and summary.json name them. Together they are the whole of a step.
+WAIT, TO_DEVICE = "waiting for data", "host to device"
+COMPUTE, EXPOSED, UPDATE, REST = "forward and backward", "allreduce, not hidden", "update", "rest"
+SECTIONS = (WAIT, TO_DEVICE, COMPUTE, EXPOSED, UPDATE, REST)
+
 # Seconds between two warnings that metrics cannot be written.
 WARN_SECONDS = 30.0
 

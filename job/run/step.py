@@ -21,7 +21,7 @@ from job.network.alexnet import AlexNet, build
 from job.network.sgd import LARS, FusedSGD, MomentumSGD, parameter_groups
 from job.ranks.average import Gradients, Strategy, Weights
 from job.ranks.hybrid import Hybrid, HybridPass
-from job.run.timing import COMPUTE, EXPOSED, UPDATE
+from job.run.log import COMPUTE, EXPOSED, UPDATE
 
 
 class Step:
@@ -80,7 +80,7 @@ class Step:
         Args:
             images: what `prepare` returned last.
             labels: int64 (N,).
-            mark: called at the end of each section of the step with its name, as of job.run.timing.
+            mark: called at the end of each section of the step with its name, as of job.run.log.
         """
         loss = self._pass.run(images, labels, random_seed(self._seed, number, self._drawing))
         mark(COMPUTE)

@@ -14,15 +14,13 @@ from collections.abc import Callable
 
 import torch
 
+from job.run.log import REST, SECTIONS, TO_DEVICE, WAIT
+
 # Steps after which a GPU has reached a mark for certain, so that reading it does not stall the stream.
 LAG = 2
 
 # Steps whose sections are kept one by one: enough for percentiles, little enough for a run of a million steps.
 KEPT_STEPS = 1000
-
-WAIT, TO_DEVICE = "waiting for data", "host to device"
-COMPUTE, EXPOSED, UPDATE, REST = "forward and backward", "allreduce, not hidden", "update", "rest"
-SECTIONS = (WAIT, TO_DEVICE, COMPUTE, EXPOSED, UPDATE, REST)  # together, the whole of a step
 
 
 class StepTimer:

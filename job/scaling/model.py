@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy import optimize, special, stats
 
-from job.scaling.study import COMPUTE, EXPOSED, REST, SECTIONS, STRAGGLERS, TO_DEVICE, UPDATE, WAIT, Gradient, Measured
+from job.run.log import COMPUTE, EXPOSED, REST, TO_DEVICE, UPDATE, WAIT
+from job.scaling.study import SECTIONS, STRAGGLERS, Gradient, Measured
 
 ASSUMPTIONS = (
     "Forward and backward, copy to the device and update take a time that is linear in the images per rank. On CPUs it "

@@ -18,7 +18,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from job.scaling.study import COMPUTE, EXPOSED, REST, SECTIONS, STRAGGLERS, SYNTHETIC, TO_DEVICE, UPDATE, WAIT, Study
+from job.run.log import COMPUTE, EXPOSED, REST, TO_DEVICE, UPDATE, WAIT
+from job.scaling.study import SECTIONS, STRAGGLERS, SYNTHETIC, Study
 from shards.errors import InputError
 from shards.machine.files import write_whole
 

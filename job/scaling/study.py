@@ -12,13 +12,11 @@ import os
 import random
 from typing import Any
 
-from job.run.log import lock
+from job.run.log import COMPUTE, EXPOSED, REST, TO_DEVICE, UPDATE, WAIT, lock
 from shards.errors import InputError, short
 from shards.machine.files import write_whole
 
-# Sections of a step, as job.run.timing names them (importing that would load torch).
-WAIT, TO_DEVICE = "waiting for data", "host to device"
-COMPUTE, EXPOSED, UPDATE, REST = "forward and backward", "allreduce, not hidden", "update", "rest"
+# Sections of a step, with the allreduce in two parts.
 STRAGGLERS = "waiting for stragglers"  # the part of EXPOSED in which a rank waits for other ranks, not for the network
 SECTIONS = (WAIT, TO_DEVICE, COMPUTE, EXPOSED, STRAGGLERS, UPDATE, REST)
 
