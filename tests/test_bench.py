@@ -11,6 +11,7 @@ import pytest
 
 from job.bench import allreduce as bench_allreduce
 from job.bench import step as bench_step
+from job.bench.options import add_step_options
 from tests.launch import ROOT, error_lines, horovodrun, python, run
 from tests.shardmaker import write_split
 from tests.test_loader import jpeg
@@ -104,7 +105,7 @@ def test_the_slowest_rank_and_the_median_round_count(four_ranks, monkeypatch):
     monkeypatch.setattr(four_ranks, "allgather_object", allgather)
     parser = argparse.ArgumentParser()
     parser.set_defaults(subject="train", json=True)
-    bench_step.add_options(parser)
+    add_step_options(parser)
     result = bench_step.measure(parser.parse_args(["--recipe", "demo", "--batch", "10", "--rounds", "3"]))
     # 4 ranks times 10 images, at half of the rate of the other ranks.
     assert result["rounds"] == pytest.approx([40.0, 80.0, 60.0])

@@ -8,30 +8,19 @@ import argparse
 import importlib
 import json
 
+from job.bench.options import SUBJECTS
 from shards.command import Parser, run
-
-# Subject -> the module that measures it. Each has DESCRIPTION, add_options(parser), measure(arguments) -> dict and
-# text(result) -> str, and imports slow modules in `measure`, so that --help does not wait for them.
-SUBJECTS = {
-    "loader": "job.bench.loader",
-    "compute": "job.bench.step",
-    "allreduce": "job.bench.allreduce",
-    "train": "job.bench.step",
-}
-# Subjects that ranks measure together, under horovodrun; rank 0 has the result.
-OF_RANKS = ("compute", "allreduce", "train")
 
 
 def parser() -> Parser:
     """The command line."""
     p = Parser(prog="python -m job.bench", description="Measure one part of the job alone.")
     subjects = p.add_subparsers(dest="subject", metavar="SUBJECT", required=True)
-    for name, module in SUBJECTS.items():
-        subject = importlib.import_module(module)
+    for name, subject in SUBJECTS.items():
         options = subjects.add_parser(
             name,
-            help=subject.DESCRIPTION.partition(".")[0],
-            description=subject.DESCRIPTION,
+            help=subject.description.partition(".")[0],
+            description=subject.description,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         subject.add_options(options)
@@ -42,18 +31,19 @@ def parser() -> Parser:
 def main() -> None:
     """The command."""
     arguments = parser().parse_args()
-    subject = importlib.import_module(SUBJECTS[arguments.subject])
+    if SUBJECTS[arguments.subject].of_ranks:
+        from job.ranks.process import run_ranks  # now, so that --help does not wait for it
 
-    def measure() -> None:
-        result = subject.measure(arguments)
-        if result is not None:
-            print(json.dumps(result) if arguments.json else subject.text(result), flush=True)
+        run_ranks(lambda: measure(arguments))
+    measure(arguments)
 
-    if arguments.subject in OF_RANKS:
-        from job.ranks.process import run_ranks
 
-        run_ranks(measure)
-    measure()
+def measure(arguments: argparse.Namespace) -> None:
+    """Measure, and print the result on rank 0."""
+    module = importlib.import_module(SUBJECTS[arguments.subject].module)
+    result = module.measure(arguments)
+    if result is not None:
+        print(json.dumps(result) if arguments.json else module.text(result), flush=True)
 
 
 if __name__ == "__main__":

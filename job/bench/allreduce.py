@@ -8,25 +8,18 @@ import argparse
 import statistics
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import horovod.torch as hvd
+import torch
+
+from job.ranks import agree
 from shards.errors import InputError
 from shards.machine.facts import cpu_and_cores, versions
 from shards.machine.progress import Line
 
-if TYPE_CHECKING:
-    import torch
-
-DESCRIPTION = "Latency and bus bandwidth of an allreduce among the ranks of horovodrun, by size of the message."
-
 _SECONDS = 1.0  # for each size
 _LEAST, _MOST = 5, 1000  # repetitions
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command line of this subject."""
-    parser.add_argument("--largest", type=int, default=256, metavar="MIB", help="largest message, in MiB")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
@@ -35,16 +28,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
     Raises:
         InputError: only one rank, or a size below 1 MiB.
     """
-    import horovod.torch as hvd
-    import torch
-
-    from job.ranks.agree import agree
-
     if hvd.size() < 2:
         raise InputError("an allreduce needs ranks: horovodrun -np 2 python -m job.bench allreduce")
     if arguments.largest < 1:
         raise InputError(f"--largest is {arguments.largest}; it must be 1 or more")
-    device = agree(vars(arguments)).device
+    device = agree.agree(vars(arguments)).device
     sizes = [1024 * 4**power for power in range(20) if 1024 * 4**power <= arguments.largest * 2**20]
     rows, line = [], Line(sys.stderr)
     for number, size in enumerate(sizes, 1):
@@ -63,11 +51,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
     }
 
 
-def _measure_size(size: int, device: "torch.device") -> dict[str, Any]:
+def _measure_size(size: int, device: torch.device) -> dict[str, Any]:
     """Median seconds and bus bandwidth (byte/s) of an allreduce of `size` bytes. All ranks call it together."""
-    import horovod.torch as hvd
-    import torch
-
     values = torch.ones(size // 4, device=device)
 
     def once() -> float:

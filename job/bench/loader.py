@@ -14,21 +14,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import psutil
+
+from job.batches.cores import default_workers
 from shards import ROOT
+from shards.format.split import Split, load_split
 from shards.machine.facts import cpu_and_cores, versions
-
-if TYPE_CHECKING:
-    import psutil
-
-    from shards.format.split import Split
-
-DESCRIPTION = (
-    "Images/s of reading, decoding and cropping, as training does it, into the memory from which the GPU copies. "
-    "Without --data, 2,048 synthetic photographs of 256x256 are packed first (1/f noise, JPEG quality 90, about 27 KB "
-    "each)."
-)
+from shards.machine.progress import Line
+from shards.read.images import decode, simplejpeg
+from shards.read.reader import DamagedSample, ShardReader
+from shards.sources.synthetic import write_photographs
 
 _PHOTOS = 256  # different ones
 _IMAGES = 2048
@@ -36,23 +34,8 @@ _SIDE, _QUALITY = 256, 90
 _BARE = 512  # images that are decoded alone
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command line of this subject."""
-    parser.add_argument("--data", default="", metavar="DIR", help="folder of shards; empty: synthetic ones")
-    parser.add_argument("--split", default="train", metavar="NAME")
-    parser.add_argument("--workers", type=int, default=-1, metavar="W", help="reader processes; -1: by the cores given")
-    parser.add_argument("--batch", type=int, default=256, metavar="N", help="images per batch")
-    parser.add_argument("--crop", type=int, default=227, metavar="PX")
-    parser.add_argument("--encoding", choices=("jpeg", "raw"), default="jpeg", help="of the synthetic shards")
-    parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="of each measurement")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of them; the median counts")
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, and return the fields of the JSON object: rates in images/s, times in seconds, sizes in bytes."""
-    from job.batches.cores import default_workers
-    from shards.format.split import load_split
-    from shards.machine.progress import Line
 
     workers = default_workers() if arguments.workers < 0 else arguments.workers
     with contextlib.ExitStack() as stack:
@@ -118,11 +101,9 @@ def text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def loader_run(split: "Split", workers: int, batch: int, crop: int, seconds: float) -> dict[str, float]:
+def loader_run(split: Split, workers: int, batch: int, crop: int, seconds: float) -> dict[str, float]:
     """Images/s of a Loader in steady state, over at least `seconds`."""
-    import psutil
-
-    from job.batches.loader import Loader
+    from job.batches.loader import Loader  # here: job.doctor uses this module where torch is missing or broken
 
     began = time.perf_counter()
     with Loader(split, rank=0, world_size=1, global_batch=batch, crop=crop, workers=workers) as loader:
@@ -153,14 +134,13 @@ def loader_run(split: "Split", workers: int, batch: int, crop: int, seconds: flo
         }
 
 
-def cpu_seconds(processes: Sequence["psutil.Process"]) -> float:
+def cpu_seconds(processes: Sequence[psutil.Process]) -> float:
     """CPU time that processes have used so far."""
     return sum(p.cpu_times().user + p.cpu_times().system for p in processes)
 
 
-def read_images(split: "Split", count: int) -> list[bytes]:
+def read_images(split: Split, count: int) -> list[bytes]:
     """The files of the first `count` images of a split, without damaged ones."""
-    from shards.read.reader import DamagedSample, ShardReader
 
     images = []
     with ShardReader(split) as reader:
@@ -186,10 +166,6 @@ def decode_rate(decode: Callable[[bytes], object], images: list[bytes], seconds:
 
 def bare_decode(images: list[bytes], seconds: float) -> tuple[str, float]:
     """Name of the decoder, and its images/s on one core: bytes in memory to pixels in a buffer, and nothing else."""
-    import numpy as np
-
-    from shards.read.images import decode, simplejpeg
-
     sizes = []
     if simplejpeg is not None:
         for data in images:
@@ -204,7 +180,6 @@ def bare_decode(images: list[bytes], seconds: float) -> tuple[str, float]:
 @contextlib.contextmanager
 def synthetic_shards(encoding: str) -> Iterator[str]:
     """A temporary folder of shards, as shards.pack makes them of synthetic photographs; gone afterwards."""
-    from shards.sources.synthetic import write_photographs
 
     with tempfile.TemporaryDirectory(prefix="loader-bench-") as folder:
         source, dest = os.path.join(folder, "images"), os.path.join(folder, "shards")

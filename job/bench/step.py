@@ -11,31 +11,16 @@ import statistics
 import time
 from collections.abc import Callable
 
+import horovod.torch as hvd
+import torch
+
 from job import config
+from job.ranks import agree
+from job.run.step import Step
+from job.run.timing import StepTimer
 from shards.errors import InputError
 from shards.machine.facts import cpu_and_cores, versions
 from shards.machine.progress import Progress
-
-DESCRIPTION = (
-    "Images/s of the training step on synthetic images that lie on the device, reading left out. Start it under "
-    "horovodrun to measure all ranks with the allreduce, beside the same step without it."
-)
-
-
-def add_options(parser) -> None:
-    """The command line of this subject."""
-    parser.add_argument("--recipe", default="paper", metavar="NAME", help="recipe in job/recipes, or a YAML file")
-    parser.add_argument("--batch", type=int, default=128, metavar="N", help="images per rank")
-    parser.add_argument("--image-size", type=int, default=0, metavar="PX", help="0: that of the recipe")
-    parser.add_argument("--classes", type=int, default=1000, metavar="N")
-    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
-    parser.add_argument("--kernels", choices=("auto", "plain", "fast"), default="auto")
-    parser.add_argument("--parallel", choices=("gradients", "weights"), default="gradients")
-    parser.add_argument("--wire", choices=("fp32", "fp16"), default="fp32", help="type in which gradients travel")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="of each measurement")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of them; the median counts")
-    parser.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before the first measurement")
 
 
 def measure(arguments: argparse.Namespace) -> dict | None:
@@ -44,14 +29,8 @@ def measure(arguments: argparse.Namespace) -> dict | None:
     Raises:
         InputError: a value that no measurement can have, or no GPU where one is wanted.
     """
-    settings = read_settings(arguments)  # first: wrong options cost nothing
-
-    import horovod.torch as hvd
-
-    from job.ranks.agree import agree
-    from job.run.timing import StepTimer
-
-    agreed = agree(vars(arguments))
+    settings = read_settings(arguments)
+    agreed = agree.agree(vars(arguments))
     device, kernels = agreed.device, agreed.kernels
     steps = {"alone": make_step(settings, arguments.batch, kernels, False, device)}
     if arguments.subject == "train" and hvd.size() > 1:
@@ -80,10 +59,10 @@ def read_settings(arguments: argparse.Namespace) -> config.Config:
     return settings
 
 
-def measure_in_turns(steps: dict[str, Callable], arguments: argparse.Namespace, device) -> dict[str, list[float]]:
+def measure_in_turns(
+    steps: dict[str, Callable], arguments: argparse.Namespace, device: torch.device
+) -> dict[str, list[float]]:
     """Images/s of all ranks together for each kind of step, one value per round. All ranks call it together."""
-    import horovod.torch as hvd
-
     rates: dict[str, list[float]] = {name: [] for name in steps}
     total = len(steps) * (arguments.warmup + arguments.rounds * arguments.steps)
     shown = Progress(total, "steps", arguments.subject)
@@ -106,11 +85,15 @@ def measure_in_turns(steps: dict[str, Callable], arguments: argparse.Namespace, 
     return {name: [hvd.size() * min(r[name][i] for r in of_ranks) for i in range(arguments.rounds)] for name in rates}
 
 
-def describe(rounds: dict[str, list[float]], main: str, settings, arguments, kernels: str, device) -> dict:
+def describe(
+    rounds: dict[str, list[float]],
+    main: str,
+    settings: config.Config,
+    arguments: argparse.Namespace,
+    kernels: str,
+    device: torch.device,
+) -> dict:
     """The JSON object: `main` names the kind of step that counts, the others are compared with it."""
-    import horovod.torch as hvd
-    import torch
-
     result = {
         "subject": arguments.subject,
         "images_per_second": statistics.median(rounds[main]),
@@ -138,7 +121,7 @@ def describe(rounds: dict[str, list[float]], main: str, settings, arguments, ker
     return result
 
 
-def make_step(settings: config.Config, batch: int, kernels: str, together: bool, device) -> Callable:
+def make_step(settings: config.Config, batch: int, kernels: str, together: bool, device: torch.device) -> Callable:
     """A function that makes one training step of a network of its own on `batch` random crops of uint8.
 
     Args:
@@ -146,10 +129,6 @@ def make_step(settings: config.Config, batch: int, kernels: str, together: bool,
 
     Returns: a function that takes a StepTimer, or None.
     """
-    import torch
-
-    from job.run.step import Step
-
     side = settings.image_size
     mean = torch.full((side, side, 3), 127.5, device=device)
     training = Step(settings, device, kernels, batch, mean, together)
@@ -170,9 +149,8 @@ def make_step(settings: config.Config, batch: int, kernels: str, together: bool,
     return step
 
 
-def timed(run: Callable[[int], None], count: int, device) -> float:
+def timed(run: Callable[[int], None], count: int, device: torch.device) -> float:
     """Steps per second of `run(count)`, with the device's queue empty before and after."""
-    import torch
 
     def drain() -> None:
         if device.type == "cuda":
