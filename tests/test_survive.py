@@ -145,15 +145,16 @@ def test_a_stop_ends_a_running_validation_which_is_made_up_for(demo_data, tmp_pa
     arguments = [*SMALL, "--data", str(demo_data), "--out", str(out), *options]
     code = """
 import os, signal, time
-from job import evaluate, train
-from shards.cli import run
-whole = evaluate.validate
+from job import train
+from job.run import loop
+from shards.command import run
+whole = loop.validate
 def validate(*arguments):
     os.kill(os.getpid(), signal.SIGUSR1)
     while not arguments[-1]():
         time.sleep(0.01)  # the thread that takes signals in tells nobody
     return whole(*arguments)
-evaluate.validate = validate
+loop.validate = validate
 run(train.main)
 """
     stopped = run(sys.executable, "-c", code, *arguments)
