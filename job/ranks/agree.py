@@ -18,6 +18,7 @@ from typing import Any
 import horovod
 import horovod.torch as hvd
 import torch
+from PIL import features
 
 from job.fast import network as fast
 from shards import ROOT
@@ -120,8 +121,6 @@ def _gpus(fast_wanted: bool) -> list[dict[str, str]]:
 
 def _decoders() -> str:
     """The JPEG decoders of this process, in the order in which they are tried."""
-    from PIL import features
-
     simplejpeg = f"simplejpeg {images.simplejpeg.__version__}" if images.simplejpeg else ""
     library = features.version("libjpeg_turbo")
     pillow = f"Pillow with {'libjpeg-turbo ' + library if library else 'a libjpeg that is not libjpeg-turbo'}"
