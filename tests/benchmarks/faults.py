@@ -27,9 +27,9 @@ import torch  # noqa: E402
 
 from tests.cluster import Cluster, ClusterError, missing, namespaces_refused  # noqa: E402
 from tests.launch import horovodrun, metrics, python  # noqa: E402
-from tests.test_slurm import LOST_AFTER, ranks_of  # noqa: E402
-from tests.test_slurm import SMALL as SMALL_SLURM  # noqa: E402
-from tests.test_survive import SMALL, Job, final_weights, newest_step  # noqa: E402
+from tests.ranks.test_survive import SMALL, Job, final_weights, newest_step  # noqa: E402
+from tests.slurm.test_slurm import LOST_AFTER, ranks_of  # noqa: E402
+from tests.slurm.test_slurm import SMALL as SMALL_SLURM  # noqa: E402
 
 STEPS_BETWEEN = 12  # from a restart to the next fault
 TRAIN = ["--global-batch", "16", "--checkpoint-every", "5", "--model.dropout", "0.5", "--epochs", "1000"]

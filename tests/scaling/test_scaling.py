@@ -27,7 +27,7 @@ from tests import scaling_data
 from tests.cluster import Cluster, namespaces_refused
 from tests.launch import ROOT, error_lines, python, run
 
-DATA = Path(__file__).parent / "data"
+DATA = ROOT / "tests/data"
 
 
 @dataclasses.dataclass

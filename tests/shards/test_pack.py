@@ -25,8 +25,8 @@ from shards.write import pack as packing
 from shards.write.pack import lock
 from tests import imagenet40
 from tests.benchmarks import packing as packbench
+from tests.launch import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DEMO = os.path.join(ROOT, "shards", "demo")
 COMMAND = [sys.executable, "-m", "shards.pack"]
 

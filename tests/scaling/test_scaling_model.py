@@ -2,7 +2,6 @@
 
 import csv
 import json
-from pathlib import Path
 
 import pytest
 
@@ -12,8 +11,9 @@ from job.scaling.model import Scenario, allreduce_seconds
 from job.scaling.sizes import size_of, sizes_of
 from job.scaling.study import COMPUTE, EXPOSED, SECTIONS, Gradient, Measured
 from tests import scaling_data
+from tests.launch import ROOT
 
-DATA = Path(__file__).parent / "data"
+DATA = ROOT / "tests/data"
 LINKS = {"local latency": 1e-6, "local bandwidth": 100e9, "network latency": 5e-6, "network bandwidth": 10e9}
 
 

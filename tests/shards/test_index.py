@@ -22,6 +22,7 @@ from shards.format import names
 from shards.format.split import image_member, load_labels, load_split, read_idx
 from shards.format.tar import samples
 from shards.machine import progress
+from tests.launch import ROOT
 
 
 def run(folder, *options) -> None:
@@ -505,7 +506,7 @@ def test_a_command_as_shard_is_refused_in_one_line(tmp_path, url):
         load_split(str(tmp_path), "train")
     for module in ("index", "verify"):
         options = ["--splits", f"train={url}"] if module == "index" else []
-        environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(os.path.abspath(__file__)))}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
             [sys.executable, "-m", f"shards.{module}", str(tmp_path), *options],
             capture_output=True,

@@ -563,7 +563,9 @@ def test_set_up_and_training_with_another_mpi(packages, tmp_path, demo_data):
     assert packed.returncode == 0, packed.stdout + packed.stderr
     assert (tmp_path / "data/train.json").read_bytes() == (demo_data / "train.json").read_bytes()
     chosen = "(hands_on or request_to_stop or one_task) and not gloo"
-    done = run(bin / "python", "-m", "pytest", "-q", "tests/test_horovodrun.py", "-k", chosen, env=env, timeout=300)
+    done = run(
+        bin / "python", "-m", "pytest", "-q", "tests/slurm/test_horovodrun.py", "-k", chosen, env=env, timeout=300
+    )
     assert done.returncode == 0, done.stdout
 
 

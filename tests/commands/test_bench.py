@@ -12,9 +12,9 @@ import pytest
 from job.bench import allreduce as bench_allreduce
 from job.bench import step as bench_step
 from job.bench.options import add_step_options
+from tests.batches.test_loader import jpeg
 from tests.launch import ROOT, error_lines, horovodrun, python, run
 from tests.shardmaker import write_split
-from tests.test_loader import jpeg
 
 
 def test_loader_reports_what_it_promises(tmp_path):

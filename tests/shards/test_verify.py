@@ -16,6 +16,7 @@ from shards import index, verify
 from shards.check.images import check_jpeg
 from shards.errors import InputError
 from shards.format.split import load_labels, load_split, read_idx
+from tests.launch import ROOT
 
 
 def report(folder, capsys, *options, code=None) -> dict:
@@ -363,7 +364,7 @@ def test_the_fast_check_of_a_jpeg_agrees_with_decoding_it_in_full():
 
 
 def test_the_command_ends_with_code_2_and_one_line_for_bad_input(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(os.path.abspath(__file__)))}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def command(*args):
         run = [sys.executable, "-m", "shards.verify", *map(str, args)]

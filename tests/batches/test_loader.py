@@ -26,9 +26,9 @@ from job.batches.workers import Workers
 from shards.errors import InputError
 from shards.format.split import load_split, save_column
 from shards.read import fastjpeg, reader
+from tests.launch import ROOT
 from tests.shardmaker import damage, image_offset, write_split
 
-ROOT = Path(__file__).resolve().parent.parent
 SIDE, CROP = 8, 5
 
 
