@@ -8,7 +8,7 @@ bash slurm/install.sh
 # install.sh uses the active environment, else the project's own.
 source slurm/activate.sh
 
-# A run directory of its own each time: a second demo does not go on with the first.
+# A new run directory each time: a second demo does not continue the first.
 out=runs/demo-$(date +%Y%m%d-%H%M%S)
 python -m shards.pack shards/demo runs/demo-data --resize 70
 horovodrun -np 2 python -m job.train --recipe demo --data runs/demo-data --out "$out" "$@"

@@ -7,7 +7,7 @@ from job.fast.operations import power_of_two, reduction, tile
 
 
 class BatchNorm:
-    """Batch normalisation of what a convolution gave, or of a part of its channels, in training.
+    """Batch normalisation, in training, of a convolution's output or of a part of its channels.
 
     Attributes:
         slopes: float32 (3, C), after `backward`: the input's gradient is slopes[0] d + slopes[1] + slopes[2] z.
@@ -24,7 +24,7 @@ class BatchNorm:
         self._count = 0
 
     def measure(self, zs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean and variance of a batch, (N, C, H, W) in one or two tensors; how to normalise it: factor and summand."""
+        """Statistics of a batch, (N, C, H, W) in one or two tensors. Returns the scale and bias that normalise it, (C,)."""
         from job.fast.kernels import batch_norm_forward, column_sums
 
         n, _, height, width = zs[0].shape
@@ -45,7 +45,7 @@ class BatchNorm:
         return self._factors[0], self._factors[1]
 
     def backward(self, partial: Tensor) -> None:
-        """Gradients of weight and bias, and `slopes`, from (2, ., C): parts of the sums of d and of d times z."""
+        """Gradients of weight and bias, and `slopes`, from partial sums of d and of d times z, (2, programs, C)."""
         from job.fast.kernels import batch_norm_backward
 
         channels = len(self._weight)
@@ -56,7 +56,7 @@ class BatchNorm:
 
 
 def apply_slopes(d: Tensor, z: Tensor, slopes: Tensor) -> None:
-    """Gradient of a batch normalisation's output, (..., C), into that of its input `z`, in place."""
+    """Turn the gradient `d` of a batch normalisation's output, (..., C), into that of its input `z`, in place."""
     from job.fast.kernels import scale_gradient
 
     channels = d.shape[-1]

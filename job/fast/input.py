@@ -1,4 +1,4 @@
-"""The device pass over a batch as one Triton kernel: mirror, mean, cast and layout of each value in one go.
+"""The device pass over a batch as one Triton kernel: mirror, mean, cast and layout in one pass.
 
 In and out: see job.batches.device.prepare_triton, which launches it. A module of its own: it needs Triton.
 """

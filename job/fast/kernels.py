@@ -27,7 +27,7 @@ def bias_relu(
     R: tl.constexpr,
     CB: tl.constexpr,
 ):
-    """Bias, ReLU and dropout. The mask follows from seed and place; the backward pass reads it off the output."""
+    """Bias, ReLU and dropout. The mask depends on seed and position; the backward pass reads it off the output."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
     channel = tl.program_id(1) * CB + tl.arange(0, CB)[None, :]
     mask = (row < rows) & (channel < C)
@@ -56,7 +56,7 @@ def relu_backward(
     SPLIT: tl.constexpr,
     AFFINE: tl.constexpr,
     SCALE: tl.constexpr,  # 1 / (1 - dropout)
-    STEPS: tl.constexpr,  # blocks of R rows a program
+    STEPS: tl.constexpr,  # blocks of R rows per program
     R: tl.constexpr,
     CB: tl.constexpr,
 ):
@@ -90,11 +90,11 @@ def column_sums(
     rows,
     C: tl.constexpr,
     SPLIT: tl.constexpr,
-    STEPS: tl.constexpr,  # blocks of R rows a program
+    STEPS: tl.constexpr,  # blocks of R rows per program
     R: tl.constexpr,
     CB: tl.constexpr,
 ):
-    """What batch normalisation must know of a batch."""
+    """Sums over a batch from which batch normalisation computes mean and variance."""
     channel = tl.program_id(1) * CB + tl.arange(0, CB)[None, :]
     total = tl.zeros((R, CB), tl.float32)
     squares = tl.zeros((R, CB), tl.float32)
@@ -115,10 +115,10 @@ def batch_norm_forward(
     sums,  # float64 (2, C): sums of z and of its squares
     weight,  # (C,) float32
     bias,
-    running_mean,  # (C,) float32, renewed
+    running_mean,  # (C,) float32, updated in place
     running_variance,
     factors,  # float32 (4, C): scale and bias with which z is normalised, mean, one over the standard deviation
-    count,  # numbers in a sum
+    count,  # numbers in each sum
     EPS: tl.constexpr,
     MOMENTUM: tl.constexpr,
     C: tl.constexpr,
@@ -244,7 +244,7 @@ def momentum_sgd(
     velocity = tl.multiple_of(velocity, 16) + place
     gradient = tl.multiple_of(gradient, 16) + place
     copy = tl.multiple_of(copy.to(tl.pointer_type(COPY)), 16) + place
-    if first + BLOCK <= count:  # without a mask, 16 bytes a thread are read at once
+    if first + BLOCK <= count:  # without a mask, each thread reads 16 bytes at once
         w = tl.load(weight)
         v = MOMENTUM * tl.load(velocity) - step * (tl.load(gradient) + decay * w)
         w += v

@@ -5,7 +5,7 @@ In: the network of job.network.alexnet, a batch of uint8 crops. Out: the loss, a
 parameters, as autograd would give them (its plain twin, to which tests compare it). The ideas, measured in
 README.md beside it:
 - conv1 as a 3x3 convolution over 4x4 blocks of pixels (48 channels): tensor cores need many channels;
-- a grouped convolution as one convolution a group, on tensors that the kernels before have written apart;
+- a grouped convolution as one convolution per group, whose channels the kernel before wrote to a tensor of its own;
 - bias, ReLU, pool and LRN in one pass over rows of channels; backward, a pool reads and never adds atomically;
 - fc6 to fc8 (96 % of the parameters) in bf16 copies that the update writes, so that a step casts nothing;
 - the whole step in two CUDA graphs: the gradients of fc6 to fc8 can be on the wire while the second runs.
@@ -34,12 +34,12 @@ from job.network.sgd import aligned
 from shards.machine.caches import triton_lacks
 
 _LRN = dict(LRN_K=LRN_K, LRN_ALPHA=LRN_ALPHA, LRN_BETA=LRN_BETA)
-_IMAGE_PROGRAMS = 4  # programs an image in kernels that also sum gradients of biases
-_BLOCK = 4  # pixels of a side of conv1's blocks: its stride
+_IMAGE_PROGRAMS = 4  # Triton programs per image in kernels that also sum gradients of biases
+_BLOCK = 4  # side of conv1's blocks in pixels: its stride
 
 
 def unsupported(device: torch.device) -> str:
-    """Why the fast path cannot run on a device; empty: it can. Nothing is launched to find out."""
+    """Why the fast path cannot run on a device, or an empty string. Does not launch anything on the device."""
     if device.type != "cuda":
         return "it needs a CUDA GPU"
     if torch.version.hip:
@@ -54,27 +54,27 @@ def unsupported(device: torch.device) -> str:
 
 
 def blocks_of(image_size: int) -> int:
-    """Blocks of 4 x 4 pixels along a side that conv1 reads: 57 at 227."""
+    """Number of 4 x 4 blocks along each side of conv1's input: 57 for an image of 227 pixels."""
     return (image_size - 11) // 4 + 3
 
 
 class Network:
     """Forward and backward pass of one network on batches of one size.
 
-    Parameters that change otherwise than by `job.network.sgd.FusedSGD` must be copied anew into `copies`.
+    `job.network.sgd.FusedSGD` keeps `copies` up to date. After any other change of the parameters, call its `refresh`.
 
     Args:
         model: its parameters are read, and get gradients (float32, contiguous) that stay where they are.
-        batch: images a step.
-        dtype: type of activations and of what the matrix units read: bfloat16 or float32.
+        batch: images per step.
+        dtype: of activations and of the operands of convolutions and matrix products: bfloat16 or float32.
         graphs: record the pass as CUDA graphs; only on CUDA.
 
     Attributes:
-        images: (batch, B, B, 48) of `dtype`, to be filled before `head`: blocks of 4 x 4 pixels. See `prepare`.
-        labels: int64 (batch,), likewise.
+        images: (batch, B, B, 48) of `dtype`, blocks of 4 x 4 pixels. `prepare` fills it, before `head`.
+        labels: int64 (batch,). Fill it before `head`.
         loss: float32 scalar, the mean over the batch, after `head`.
         copies: parameter -> its copy in `dtype`, for fc6 to fc8; empty in float32.
-        head_gradients, tail_gradients: float32, one axis: the memory of all gradients that `head`, and `tail`, makes.
+        head_gradients, tail_gradients: float32, 1-D: the memory that holds all gradients made by `head`, and by `tail`.
     """
 
     def __init__(self, model: AlexNet, batch: int, dtype: torch.dtype, graphs: bool = True):
@@ -160,7 +160,7 @@ class Network:
         with torch.cuda.graph(tail, pool=head.pool(), capture_error_mode="thread_local"):
             self._tail()
         self._graphs = head, tail
-        for buffer, value in before:  # what batch normalisation saw while warming up was no batch
+        for buffer, value in before:  # undo what the warm-up did to running statistics
             buffer.copy_(value)
 
     @torch.no_grad()
@@ -251,7 +251,7 @@ class Network:
         return torch.empty(n, height, width, channels, device=self.images.device, dtype=self.dtype).permute(0, 3, 1, 2)
 
     def _before_relu(self, zs: list[Tensor], name: str) -> tuple[Tensor, Tensor]:
-        """Factor (void without batch normalisation) and summand of each channel between a convolution and its ReLU."""
+        """Scale (unused without batch normalisation) and bias per channel, between a convolution and its ReLU."""
         if name in self._norms:
             return self._norms[name].measure(zs)
         bias = getattr(self.model, f"conv{name}").bias.detach()
@@ -382,7 +382,7 @@ class Network:
         return outs
 
     def _normalise_features(self, x: Tensor) -> tuple[Tensor, tuple]:
-        """Batch normalisation behind the last pool, where the network has it. (N, C * H * W) in planes."""
+        """Batch normalisation after the last pool, if the network has it. (N, C * H * W), channel by channel."""
         if not self._norms:
             return x, ()
         norm = self.model.norm6
@@ -407,7 +407,7 @@ class Network:
         return d_x.view_as(x)
 
     def _bias_relu(self, z: Tensor, name: str, split: bool = False) -> list[Tensor]:
-        """ReLU of what a convolution gave, (N, C, H, W), behind its bias or normalisation; two halves where `split`."""
+        """Bias or normalisation of a convolution's output, (N, C, H, W), and ReLU; in two halves if `split`."""
         from job.fast.kernels import bias_relu
 
         n, channels, height, width = z.shape
@@ -477,7 +477,7 @@ class Network:
 
 
 def _one_gradient(parameters: list[torch.nn.Parameter]) -> Tensor:
-    """Give parameters gradients that lie one behind the other: they travel as one message, which nobody copies."""
+    """Give parameters gradients that are views of one tensor: it is sent as one message, without a copy."""
     sizes = [aligned(p.numel()) for p in parameters]
     flat = torch.zeros(sum(sizes), device=parameters[0].device)
     for parameter, part in zip(parameters, flat.split(sizes), strict=True):

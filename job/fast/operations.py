@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-TILE = 2048  # elements a Triton program holds at once
-SQUARE_TILE = 1024  # the same where a row stands for a square of four pixels
-REDUCE_ROWS = 256  # rows of a program of relu_backward
+TILE = 2048  # elements that a Triton program holds at once
+SQUARE_TILE = 1024  # the same if a row is a square of four pixels
+REDUCE_ROWS = 256  # rows per program of relu_backward
 
 
 def reduction(total: int, rows: int) -> tuple[int, int]:
-    """Blocks of `rows` a program, and programs, where programs sum over `total` rows."""
+    """Blocks of `rows` rows per program, and number of programs, for sums over `total` rows."""
     steps = max(1, REDUCE_ROWS // rows)
     return steps, -(-total // (rows * steps))
 
@@ -20,7 +20,7 @@ def power_of_two(n: int) -> int:
 
 
 def tile(channels: int, most: int = 1 << 20, elements: int = TILE) -> tuple[int, int]:
-    """Rows and columns of a program's tile for rows of `channels`; columns: all, or `most`."""
+    """Rows and columns of the tile of one program, for rows of `channels` elements; at most `most` columns."""
     block = min(power_of_two(channels), most)
     return max(1, elements // block), block
 

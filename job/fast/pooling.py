@@ -1,4 +1,4 @@
-"""Triton kernels of max-pooling and local response normalisation, forward and backward, with what lies around them.
+"""Triton kernels of max-pooling and local response normalisation, forward and backward, fused with bias and ReLU.
 
 In and out: see network.py, which launches them. Activations lie as rows of channels (channels-last). A tensor marked
 "split" may come as two, each with half of the channels: the inputs of a grouped convolution, which then needs no copy.
@@ -36,8 +36,8 @@ def pool_forward(
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
-    RELU: tl.constexpr,  # bias and ReLU. Both are monotonic: behind the maximum they cost a quarter
-    AFFINE: tl.constexpr,  # batch normalisation: scale and bias, which may turn the order round, before the maximum
+    RELU: tl.constexpr,  # bias and ReLU. Both are monotonic, so they come after the maximum: a quarter of the work
+    AFFINE: tl.constexpr,  # batch normalisation: scale and bias, which may reverse the order, so before the maximum
     LRN: tl.constexpr,
     PLANES: tl.constexpr,
     SPLIT_IN: tl.constexpr,
@@ -128,7 +128,7 @@ def lrn_forward(
 
 @triton.jit
 def _lrn_gradient(dn, a, R: tl.constexpr, CB: tl.constexpr, K: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr):
-    """Gradient of LRN's input `a` from that of its output; and through the ReLU that made `a`."""
+    """Gradient of LRN's input `a` from that of its output `dn`, and through the ReLU that made `a`."""
     s = K + ALPHA * _window_sum(a * a, R, CB)
     power = tl.exp2(-BETA * tl.log2(s))
     t = _window_sum(dn * a * power / s, R, CB)
@@ -153,7 +153,7 @@ def pooled_backward(
     LRN_K: tl.constexpr,
     LRN_ALPHA: tl.constexpr,
     LRN_BETA: tl.constexpr,
-    T: tl.constexpr,  # programs an image
+    T: tl.constexpr,  # programs per image
     R: tl.constexpr,
     CB: tl.constexpr,
 ):
@@ -205,7 +205,7 @@ def pooled_backward(
 def _window(
     d_a, d_b, index, y, x, channel, mask, PH: tl.constexpr, PW: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr
 ):
-    """Gradient of one window a row, and the place of its maximum (255 where there is no such window)."""
+    """Gradient of one window per row, and the place of its maximum (255 if there is no such window)."""
     there = mask & (y >= 0) & (y < PH) & (x >= 0) & (x < PW)
     at = y * PW + x
     place = tl.load(index + at * C + channel, mask=there, other=255).to(tl.int32)
@@ -245,7 +245,7 @@ def unpool(
     R: tl.constexpr,
     CB: tl.constexpr,
 ):
-    """Backward of a max-pool, reading: each square of four input pixels asks its windows. Program (i, n): R squares.
+    """Backward of a max-pool without atomic additions: each square of four input pixels reads its windows.
 
     Where AFFINE, through the batch normalisation before it, too.
     """
