@@ -24,7 +24,7 @@ class BatchNorm:
         self._count = 0
 
     def measure(self, zs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Statistics of a batch, (N, C, H, W) in one or two tensors. Returns the scale and bias that normalise it, (C,)."""
+        """Statistics of a batch, (N, C, H, W) in one or two tensors. Returns scale and bias that normalise it, (C,)."""
         from job.fast.kernels import batch_norm_forward, column_sums
 
         n, _, height, width = zs[0].shape
