@@ -302,8 +302,8 @@ def test_forgotten_loader_ends_its_workers(split):
 
 RANK = """
 import sys, threading
-from job.loader import Loader
-from shards.split import load_split, save_column
+from job.batches.loader import Loader
+from shards.format.split import load_split, save_column
 loader = Loader(load_split(sys.argv[1], "train"), rank=0, world_size=1, global_batch=16, crop=5, workers=2)
 next(loader)
 print("reading", flush=True)
