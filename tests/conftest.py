@@ -38,7 +38,15 @@ def _lacks(marker: str) -> str:
     return "" if torch.cuda.is_available() else "no CUDA GPU on this machine"
 
 
+# Long tests in these folders measure times that the product promises, such as 90 s to notice a hang.
+ALONE = ("tests/ranks/", "tests/slurm/")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("long") and item.nodeid.startswith(ALONE):
+            item.add_marker("alone")
     for marker in ("gpu", "slurm"):
         marked = [item for item in items if item.get_closest_marker(marker)]
         reason = _lacks(marker) if marked else ""

@@ -19,8 +19,7 @@ say "style"
 python -m ruff check .
 python -m ruff format --check .
 
-# Files side by side: these tests wait for each other's processors no longer than for their own. The long ones measure
-# times that the product promises (a hang is noticed in 90 s), so they have the machine to themselves.
+# Two files of tests at a time: most of them wait for processes. Those marked "alone" (tests/conftest.py) run one by one.
 code=0
 tests() {
     local ended=0
@@ -28,10 +27,12 @@ tests() {
     [ "$ended" = 0 ] || [ "$ended" = 5 ] || code=$ended # 5: none were selected
 }
 say "tests"
-tests -n 2 --dist loadfile -m "not long" "$@"
 if [ "$long" ]; then
-    say "long tests"
-    tests -m long "$@"
+    tests -n 2 --dist loadfile -m "not alone" "$@"
+    say "tests that have the machine to themselves"
+    tests -m alone "$@"
+else
+    tests -n 2 --dist loadfile -m "not long" "$@"
 fi
 say "tests ended with exit code $code"
 exit "$code"
