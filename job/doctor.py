@@ -61,11 +61,6 @@ slow = functools.partial(Finding, "slow")  # it works, slower than it could
 wrong = functools.partial(Finding, "wrong")  # it does not work
 
 
-def first_line(command: list[str]) -> str:
-    """First line that a command prints; empty where it cannot be run."""
-    return mpi.output(command, 30).partition("\n")[0].strip()
-
-
 # ---- Libraries.
 
 
@@ -159,7 +154,7 @@ def check_torch(torch: dict[str, Any]) -> list[Finding]:
     release = tuple(int(part) for part in torch["version"].split(".")[:2])
     tested = "" if TORCH_RANGE[0] <= release < TORCH_RANGE[1] else ", not tested (2.11 to 2.14 are)"
     findings = [ok("torch", torch["version"] + tested)]
-    driver = first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    driver = mpi.first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     if torch["gpus"]:
         text = f"{len(torch['gpus'])} x {torch['gpus'][0]}, CUDA {torch['cuda']}, driver {driver or 'unknown'}"
         findings.append(ok("gpu", f"{text}, NCCL {torch['nccl'] or 'none'}"))
@@ -346,7 +341,7 @@ def check_limits() -> list[Finding]:
 
 def check_slurm() -> Finding:
     """Slurm, and the job that this runs in."""
-    version = first_line(["sbatch", "--version"])
+    version = mpi.first_line(["sbatch", "--version"])
     job = os.environ.get("SLURM_JOB_ID")
     return ok("slurm", f"{version or 'none here'}{f', in job {job}' if job else ''}")
 

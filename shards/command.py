@@ -6,7 +6,6 @@ In: argv and a main function. Out: an exit code; for an error one line on stderr
 import argparse
 import itertools
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -32,14 +31,18 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         """As in argparse, with the nearest option in the message for an unknown one."""
-        parsed, unknown = self.parse_known_args(args, namespace)
+        commands = [a.choices.values() for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        parsers = [self, *itertools.chain.from_iterable(commands)]
+        options = [s for p in parsers for a in p._actions for s in a.option_strings if s.startswith("--")]
+        # First of all: argparse would complain that SOURCE is missing, not that there is no such option.
+        words = itertools.takewhile(lambda word: word != "--", sys.argv[1:] if args is None else args)
+        unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in options]
+        if not unknown:
+            parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            commands = [a.choices.values() for a in self._actions if isinstance(a, argparse._SubParsersAction)]
-            parsers = [self, *itertools.chain.from_iterable(commands)]
-            options = [s for p in parsers for a in p._actions for s in a.option_strings if s.startswith("--")]
             word = unknown[0]
             what = "option" if word.startswith("-") else "argument"
-            self.error(f"unknown {what} {word}{nearest(re.split('=', word)[0], options)}")
+            self.error(f"unknown {what} {word}{nearest(word.partition('=')[0], options)}")
         return parsed
 
 

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 
 from job.batches import order
-from job.batches.cores import default_workers, worker_cores
 from job.batches.reader import BAD, Decoder, ReaderConfig, Slots
-from job.batches.workers import Workers
+from job.batches.workers import Workers, default_workers, worker_cores
 from shards.errors import InputError
 from shards.format.split import Split, load_labels
 from shards.format.tar import BLOCK, refuse_foreign

@@ -1,4 +1,4 @@
-"""The reader processes of a rank: they are started, given tasks, listened to, and replaced when they die.
+"""The reader processes of a rank: how many, started, given tasks, listened to, and replaced when they die.
 
 In: tasks, (slot, first row, rows), whose images are to be read into the slots of the shared memory. Out: the answers of
 the processes (job.batches.reader), errors of theirs as exceptions.
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from job.batches.reader import DONE, FAILED, WRONG_INPUT, pack_message, unpack_message
 from shards import ROOT
 from shards.errors import InputError
+from shards.machine.cores import cores_given
 
 # Tasks that a worker may have at once: few enough to fit into a socket's buffer for certain, so sending never blocks.
 _MOST_TASKS = 64
@@ -30,6 +31,9 @@ _MPI_VARIABLES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "MPI_", "HOROVOD_
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
 log = logging.getLogger(__name__)
+
+# More readers than this never helped: at 3,000 images/s each they feed several GPUs, and each costs 60 MB.
+_MOST_WORKERS = 32
 
 Task = tuple[int, int, int]  # slot, first row, rows
 
@@ -188,3 +192,17 @@ def _end(workers: list[_Worker]) -> None:
             worker.process.wait(5)
         except subprocess.TimeoutExpired:
             log.warning("reader process %d hangs in the file system and cannot be ended yet", worker.process.pid)
+
+
+def default_workers() -> int:
+    """Reader processes of a rank: one per core, keeping one core for the training thread; at least one."""
+    return max(1, min(cores_given().count - 1, _MOST_WORKERS))
+
+
+def worker_cores(workers: int) -> tuple[int, ...]:
+    """Cores on which the readers should run, so that the training thread has one for itself; empty: anywhere.
+
+    Only where the rank has a core of its own for each of them: otherwise pinning costs more than it gains.
+    """
+    mask = cores_given().mask
+    return mask[1:] if workers and len(mask) > max(workers, 2) else ()

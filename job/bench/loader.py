@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from job.batches.cores import default_workers
+from job.batches.workers import default_workers
 from shards import ROOT
 from shards.format.split import Split, load_split
 from shards.machine.facts import cpu_and_cores, versions

@@ -42,6 +42,11 @@ def fits(launcher: str, library: str) -> bool:
     return own == other or "Spectrum MPI" not in (own, other)
 
 
+def first_line(command: list[str], seconds: float = 60) -> str:
+    """The first line of `output`."""
+    return output(command, seconds).partition("\n")[0].strip()
+
+
 def output(command: list[str], seconds: float = 60) -> str:
     """All that a command prints, or an empty string when it cannot be run."""
     try:

@@ -87,7 +87,7 @@ def match_classes(split: Split, known: Sequence[str], classes: int, path: str) -
         classes: outputs of the network.
 
     Raises:
-        InputError: a class of the split is none of the network's.
+        InputError: the split has a class that the network does not know, or more classes than it.
     """
     names, known = list(split.classes), list(known)
     where = f"{split.name} of {split.root}"

@@ -15,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 
+from packages import SETUP
 from shell import PIP, Failed, Missing, run
 
 VERSION = "0.28.1"  # the newest release (2023)
@@ -24,8 +25,8 @@ PATCHES = pathlib.Path(__file__).resolve().parent / "patches"
 HEADERS = "string stdexcept cstdint memory functional vector unordered_map mutex thread".split()
 
 # Tools of the build. They are installed into a temporary folder, so that the user's environment does not change.
-# setuptools 81 removed what Horovod's setup.py uses. Horovod's setup.py requires cffi.
-BUILD_TOOLS = ["setuptools<81", "wheel", "cffi>=1.4", "packaging", "pyyaml", "psutil", "cloudpickle"]
+# setuptools 81 removed what Horovod's setup.py uses, and that imports what Horovod needs.
+BUILD_TOOLS = ["setuptools<81", "wheel", *SETUP["HOROVOD_REQUIRES"]]
 CMAKE_TOOLS = ["cmake>=3.22", "ninja"]  # only where cmake or make is missing
 
 

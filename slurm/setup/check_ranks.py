@@ -9,6 +9,7 @@ import tempfile
 
 import shell
 from install_horovod import Horovod
+from packages import SETUP
 from shell import TAIL_LINES, Failed, mpi_names, pip, say, wait
 
 CHECK_SECONDS = 180  # time limit of two ranks for one allreduce
@@ -80,7 +81,8 @@ def check_mpi4py() -> None:
     version, text = launch("--mpi", MPI4PY, "MPI4PY")
     if not version:
         say("check: mpi4py's wheel does not work with this MPI, building mpi4py from source")
-        source = ["--force-reinstall", "--no-deps", "--no-cache-dir", "--no-binary", "mpi4py", "mpi4py>=4.0"]
+        (mpi4py,) = (requirement for requirement in SETUP["REQUIRES"] if requirement.startswith("mpi4py"))
+        source = ["--force-reinstall", "--no-deps", "--no-cache-dir", "--no-binary", "mpi4py", mpi4py]
         pip("install", *source, what="build mpi4py")
         version, text = launch("--mpi", MPI4PY, "MPI4PY")
     if not version:

@@ -11,11 +11,6 @@ import build_horovod
 from shell import Missing, mpi_names, on_path
 
 
-def first_line(command: list[str]) -> str:
-    """First line that a command prints, or an empty string when it cannot be run."""
-    return mpi_names.output(command).partition("\n")[0].strip()
-
-
 def check_compiler(torch_version: str) -> str:
     """First line of the C++ compiler's version. Raises Missing if no compiler can build Horovod for this torch."""
     compiler = os.environ.get("CXX") or next(filter(None, map(on_path, ("c++", "g++", "clang++"))), "")
@@ -33,7 +28,7 @@ def check_compiler(torch_version: str) -> str:
             f"the C++ compiler {compiler} does not compile {standard} ({reason}); load or install a newer one: apt "
             "install g++, or module load gcc (9 or later)"
         )
-    return first_line([*compiler.split(), "--version"])
+    return mpi_names.first_line([*compiler.split(), "--version"])
 
 
 def check_python_headers() -> None:

@@ -5,7 +5,7 @@ import os
 import shlex
 import sysconfig
 
-from compilers import first_line, why_not
+from compilers import why_not
 from packages import SETUP, in_this_environment
 from shell import Missing, mpi_names, on_path, pip, say
 
@@ -37,7 +37,9 @@ def machine_mpi(choice: str) -> Mpi | None:
     outside = sysconfig.get_path("scripts") if mpi_wheel() else ""
     mpicxx, mpirun = on_path("mpicxx", outside), on_path("mpirun", outside)
     if choice == "system" and mpicxx and not mpirun and on_path("srun"):
-        return Mpi("system", mpicxx, "", first_line([mpicxx, "-show"]))  # Cray and others: only srun starts ranks
+        return Mpi(
+            "system", mpicxx, "", mpi_names.first_line([mpicxx, "-show"])
+        )  # Cray and others: only srun starts ranks
     if not (mpicxx and mpirun):
         lack = " and ".join(name for name, found in (("mpicxx", mpicxx), ("mpirun", mpirun)) if not found)
         if choice == "system":
@@ -109,7 +111,7 @@ def mpi_library_folder(mpi: Mpi) -> str:
     if mpi.kind == "wheel":
         return ""
     try:
-        words = shlex.split(first_line([mpi.mpicxx, "-show"]))
+        words = shlex.split(mpi_names.first_line([mpi.mpicxx, "-show"]))
     except ValueError:
         return ""
     names = [f"lib{word[2:]}.so" for word in words if word.startswith("-lmpi")]

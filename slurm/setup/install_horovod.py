@@ -8,7 +8,7 @@ import shutil
 import sys
 
 import build_horovod
-from compilers import check_compiler, check_python_headers, first_line
+from compilers import check_compiler, check_python_headers
 from find_cuda import Cuda, choose_cuda, cuda_architectures, cuda_home, gpu_visible
 from find_mpi import Mpi, check_mpicxx, choose_mpi, mpi_library_folder, mpi_wheel
 from packages import SETUP, Torch, distribution, install_beside_torch
@@ -112,7 +112,7 @@ def get_wheel(mpi: Mpi, cuda: Cuda, torch: Torch, cache: pathlib.Path, rebuild: 
         mpi_libraries=mpi_library_folder(mpi),
         cuda=cuda.nvcc,
         nccl=cuda.nccl,
-        compiler=first_line([*(os.environ.get("CXX") or "c++").split(), "--version"]),
+        compiler=mpi_names.first_line([*(os.environ.get("CXX") or "c++").split(), "--version"]),
         machine=build_horovod.machine_id(),
     )
     wheel = None if rebuild else build_horovod.cached_wheel(cache, target)

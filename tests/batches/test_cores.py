@@ -8,8 +8,8 @@ import sys
 import psutil
 import pytest
 
-from job.batches import cores
-from shards.machine import cores as machine_cores
+from job.batches.workers import default_workers, worker_cores
+from shards.machine import cores
 from shards.machine.cores import Cores, cores_given
 from tests.launch import ROOT
 
@@ -26,8 +26,8 @@ def machine(monkeypatch):
     def set(affinity=range(32), total=32, cpuset=None, quota=None, **environment):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: frozenset(affinity))
         monkeypatch.setattr(os, "cpu_count", lambda: total)
-        monkeypatch.setattr(machine_cores, "cgroup_quota", lambda: quota)
-        monkeypatch.setattr(machine_cores, "_cpuset", lambda: cpuset)
+        monkeypatch.setattr(cores, "cgroup_quota", lambda: quota)
+        monkeypatch.setattr(cores, "_cpuset", lambda: cpuset)
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
 
@@ -162,14 +162,14 @@ def test_a_caller_that_knows_the_ranks_of_the_node_is_believed(machine):
 )
 def test_readers_get_the_cores_that_the_training_thread_leaves(machine, setting, workers, pinned):
     machine(**setting)
-    assert cores.default_workers() == workers
-    assert cores.worker_cores(workers) == tuple(pinned)
+    assert default_workers() == workers
+    assert worker_cores(workers) == tuple(pinned)
 
 
 def test_no_pinning_where_the_training_thread_would_have_no_core(machine):
     machine(affinity=range(4), total=4)
-    assert cores.worker_cores(4) == ()
-    assert cores.worker_cores(3) == (1, 2, 3)
+    assert worker_cores(4) == ()
+    assert worker_cores(3) == (1, 2, 3)
 
 
 def write(folder, **files):
@@ -185,17 +185,17 @@ def test_limits_are_read_from_both_versions_of_control_groups(tmp_path):
     write(two, cpuset__cpus__effective="0-63")
     write(tmp_path, proc2="0::/job/step")
     version2 = str(tmp_path / "proc2"), str(two)
-    assert machine_cores.cgroup_quota(*version2) == 2.5
-    assert machine_cores._cpuset(*version2) == 9
+    assert cores.cgroup_quota(*version2) == 2.5
+    assert cores._cpuset(*version2) == 9
     write(one / "cpu" / "job", cpu__cfs_quota_us="300000", cpu__cfs_period_us="100000")
     write(one / "cpuset" / "job", cpuset__cpus="4-7")
     write(tmp_path, proc1="3:memory:/job\n2:cpu,cpuacct:/job\n1:cpuset:/job/step")
     version1 = str(tmp_path / "proc1"), str(one)
-    assert machine_cores.cgroup_quota(*version1) == 3.0
-    assert machine_cores._cpuset(*version1) == 4
+    assert cores.cgroup_quota(*version1) == 3.0
+    assert cores._cpuset(*version1) == 4
     write(one / "cpu" / "job", cpu__cfs_quota_us="-1")
-    assert machine_cores.cgroup_quota(*version1) is None
-    for limit in (machine_cores.cgroup_quota, machine_cores._cpuset):
+    assert cores.cgroup_quota(*version1) is None
+    for limit in (cores.cgroup_quota, cores._cpuset):
         assert limit(str(tmp_path / "nothing"), str(one)) is None
 
 

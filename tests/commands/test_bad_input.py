@@ -1,10 +1,13 @@
 """Mistakes end in one line `error: ...` and exit code 2, once for all ranks, with nothing lost."""
 
 import json
+import re
 import shutil
 
 import pytest
 
+from shards.command import Parser
+from shards.errors import InputError
 from tests.launch import error_lines, horovodrun, python
 
 SMALL = ["--recipe", "demo", "--model.width", "0.125", "--max-steps", "4", "--eval-every", "0", "--workers", "1"]
@@ -127,3 +130,23 @@ def test_a_rank_that_raises_ends_the_job_with_its_error_shown_once(tmp_path, glo
     assert done.returncode == 1, text
     assert text.count("RuntimeError: the disk is on fire") == 1 and "rank 1 on" in text
     assert len(error_lines(done)) == 1, text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--bench"], "unknown option --bench "),
+        (["--rezise=9", "a", "b"], "unknown option --rezise=9; did you mean --resize?"),
+        (["a"], "required: DEST"),
+        (["a", "b", "c"], "unknown argument c"),
+        (["--resize", "--", "a"], "--resize: expected one argument"),
+    ],
+)
+def test_an_option_that_is_not_there_is_named_before_what_is_missing(words, message):
+    parser = Parser(prog="pack")
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("dest", metavar="DEST")
+    parser.add_argument("--resize", type=int)
+    with pytest.raises(InputError, match=re.escape(message)):
+        parser.parse_args(words)
+    assert parser.parse_args(["--resize=3", "--", "--a", "b"]).source == "--a"
