@@ -15,11 +15,8 @@ equal at a global batch of about 3,300; below it, hybrid sends less.
 
 import horovod.torch as hvd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from job.batches.device import prepare
-from job.config import Config
 from job.network.alexnet import AlexNet
 from job.network.sgd import MomentumSGD
 from job.ranks.average import Strategy, average_statistics
@@ -119,44 +116,3 @@ class Hybrid(Strategy):
         for number, parameter in enumerate(self._whole):
             for kind, tensor in (("weight", parameter.data), ("velocity", self.optimizer.velocity(parameter))):
                 tensor.copy_(gather(tensor[part(len(tensor), hvd.rank(), hvd.size())], f"{kind}.{number}"))
-
-
-class HybridPass:
-    """Forward and backward pass of a rank, with the methods of job.run.step.PlainPass."""
-
-    def __init__(self, config: Config, model: AlexNet, strategy: Hybrid, mean: Tensor | None):
-        self._config, self._model, self._strategy, self._mean = config, model, strategy, mean
-        self._device = next(model.parameters()).device
-
-    def prepare(self, images: Tensor, offsets: Tensor, mirror: Tensor) -> Tensor:
-        """uint8 crops (N, S, S, 3) as the network's input, float32 (N, 3, S, S)."""
-        return prepare(images, offsets, mirror, self._mean)
-
-    def run(self, images: Tensor, labels: Tensor, seed: int) -> Tensor:
-        """Loss of the global batch. `seed` must be the same on all ranks."""
-        random = torch.Generator(self._device).manual_seed(seed)
-        rows, drop = self._strategy.rows, self._model.dropout
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bf16"):
-            x = GatherRows.apply(self._model.features(images), "features")  # (B, 9216): rank 0's images, rank 1's, ...
-            for name in ("fc6", "fc7"):
-                x = F.relu(F.linear(x, rows[f"{name}.weight"], rows[f"{name}.bias"]))  # (B, 4096 / ranks)
-                x = x * self._kept(random, len(x), getattr(self._model, name).out_features, drop)
-                x = GatherColumns.apply(x, name, False)
-            scores = F.linear(x, rows["fc8.weight"], rows["fc8.bias"])
-            scores = GatherColumns.apply(scores, "fc8", True)  # (B, classes)
-            loss = F.cross_entropy(scores, hvd.allgather(labels, name="hybrid.labels"))
-        self._strategy.backward(loss)
-        return loss
-
-    def _kept(self, random: torch.Generator, images: int, units: int, drop: float) -> Tensor | float:
-        """Dropout's factors for this rank's units, (B, units / ranks).
-
-        They are drawn for all units and images in the order of the global batch: the same on any number of ranks.
-        """
-        if not drop:
-            return 1.0
-        ranks = hvd.size()
-        kept = torch.rand(images // ranks, ranks, units, generator=random, device=self._device) >= drop
-        # Image i of rank r is number i * ranks + r of the global batch; here rank 0's come first.
-        kept = kept.transpose(0, 1).reshape(images, units)
-        return kept[:, part(units, hvd.rank(), ranks)] / (1 - drop)

@@ -20,7 +20,7 @@ from job.fast import network as fast
 from job.network.alexnet import AlexNet, build
 from job.network.sgd import LARS, FusedSGD, MomentumSGD, parameter_groups
 from job.ranks.average import Gradients, Strategy, Weights
-from job.ranks.hybrid import Hybrid, HybridPass
+from job.ranks.hybrid import GatherColumns, GatherRows, Hybrid, part
 from job.run.log import COMPUTE, EXPOSED, UPDATE
 
 
@@ -173,6 +173,39 @@ class PlainPass:
             loss = F.cross_entropy(self._model(images), labels)
         self._strategy.backward(loss)
         return loss
+
+
+class HybridPass(PlainPass):
+    """`PlainPass` with fc6 to fc8 split over the ranks; see job.ranks.hybrid."""
+
+    def run(self, images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        """Loss of the global batch. `seed` must be the same on all ranks."""
+        random = torch.Generator(self._device).manual_seed(seed)
+        rows, drop = self._strategy.rows, self._model.dropout
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bf16"):
+            x = GatherRows.apply(self._model.features(images), "features")  # (B, 9216): rank 0's images, rank 1's, ...
+            for name in ("fc6", "fc7"):
+                x = F.relu(F.linear(x, rows[f"{name}.weight"], rows[f"{name}.bias"]))  # (B, 4096 / ranks)
+                x = x * self._kept(random, len(x), getattr(self._model, name).out_features, drop)
+                x = GatherColumns.apply(x, name, False)
+            scores = F.linear(x, rows["fc8.weight"], rows["fc8.bias"])
+            scores = GatherColumns.apply(scores, "fc8", True)  # (B, classes)
+            loss = F.cross_entropy(scores, hvd.allgather(labels, name="hybrid.labels"))
+        self._strategy.backward(loss)
+        return loss
+
+    def _kept(self, random: torch.Generator, images: int, units: int, drop: float) -> Tensor | float:
+        """Dropout's factors for this rank's units, (B, units / ranks).
+
+        They are drawn for all units and images in the order of the global batch: the same on any number of ranks.
+        """
+        if not drop:
+            return 1.0
+        ranks = hvd.size()
+        kept = torch.rand(images // ranks, ranks, units, generator=random, device=self._device) >= drop
+        # Image i of rank r is number i * ranks + r of the global batch; here rank 0's come first.
+        kept = kept.transpose(0, 1).reshape(images, units)
+        return kept[:, part(units, hvd.rank(), ranks)] / (1 - drop)
 
 
 class FastPass:
