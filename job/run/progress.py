@@ -16,7 +16,7 @@ import torch
 from job.batches.loader import too_many_bad
 from job.config import Config
 from job.ranks.process import Failed, StepReports
-from job.run.log import RunLog, write_textfile
+from job.run.log import COMPUTE, UPDATE, RunLog, write_textfile
 from job.run.timing import StepTimer, gpu_use
 from shards.errors import InputError
 from shards.format.split import Split
@@ -114,7 +114,7 @@ class Progress:
         before, ranks = self._reports.exchange((step, rate), values), self._collect_ranks()
         if self._due(step):
             totals = self._timer.totals
-            own = totals["forward and backward"] + totals["update"], self._wait
+            own = totals[COMPUTE] + totals[UPDATE], self._wait
             figures = [own[0] - self._own_before[0], own[1] - self._own_before[1], *gpu_use(self._device)]
             self._own_before = own
             self._ranks = hvd.allgather_async(torch.tensor([figures], dtype=torch.float64), name="rank_figures")
