@@ -12,8 +12,6 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import yaml
-
 from shards.command import Parser
 from shards.errors import InputError, nearest
 from shards.machine.files import write_whole
@@ -191,6 +189,8 @@ def read_flat(path: str) -> dict[str, Any]:
     Raises:
         InputError: unreadable file, or a key that no setting has (the nearest one is named).
     """
+    import yaml  # only here and where it is written: --help works in a Python without packages
+
     try:
         with open(path, encoding="utf-8") as file:
             fields = yaml.safe_load(file) or {}
@@ -343,4 +343,6 @@ def check(config: Config) -> None:
 
 def write_yaml(values: dict[str, Any], path: str) -> None:
     """Write flat settings as YAML, in the order of the help."""
+    import yaml
+
     write_whole(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from shards.errors import EXIT_INTERRUPTED, InputError, nearest
+from shards.errors import EXIT_INTERRUPTED, NOT_INSTALLED, InputError, nearest
 from shards.machine.launcher import launched_rank
 
 _RANK0_SPEAKS_SECONDS = 15.0  # a silent rank waits so long for rank 0 to find the same error and end the job
@@ -57,12 +57,22 @@ def drop_output() -> None:
     os.close(nowhere)
 
 
+def _missing_packages_are_errors(main: Callable[[], int | None]) -> int:
+    """Run `main`. A package that this Python lacks is an InputError: mostly, no environment is active."""
+    try:
+        return main() or 0
+    except ModuleNotFoundError as error:
+        if (error.name or "job").partition(".")[0] in ("job", "shards"):
+            raise
+        raise InputError(NOT_INSTALLED.format(error.name, sys.executable)) from None
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run the main function of a command and exit with its code. InputError: one line from one rank, exit code 2."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # for names that the locale cannot show
     try:
-        code = main() or 0
+        code = _missing_packages_are_errors(main)
         sys.stdout.flush()
     except InputError as error:
         if not error.everywhere or launched_rank() == 0:

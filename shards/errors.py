@@ -14,6 +14,12 @@ EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
 _LONGEST_MESSAGE = 1000  # characters of an error; a longer one is shortened in its middle
 
 
+NOT_INSTALLED = (
+    "{} is not installed for {}; in the repository, bash slurm/install.sh sets up all packages and . slurm/activate.sh "
+    "activates them"
+)
+
+
 class InputError(Exception):
     """Bad usage or bad input. The message is one line: what is wrong, where, and how to fix it.
 

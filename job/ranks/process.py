@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from shards.command import drop_output
-from shards.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, InputError
+from shards.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, NOT_INSTALLED, InputError
 from shards.machine.launcher import launched_rank, lone_process
 from shards.machine.progress import on_terminal
 
@@ -27,6 +27,8 @@ try:
     from horovod.common.exceptions import HorovodInternalError
 
     from job.ranks import heartbeat
+except ModuleNotFoundError as error:
+    raise InputError(NOT_INSTALLED.format(error.name, sys.executable)) from None
 except ImportError as error:
     reason = str(error).splitlines()[0]
     raise InputError(f"cannot load Horovod and torch ({reason}); bash slurm/install.sh sets them up") from None

@@ -17,8 +17,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
-
 from job import config
 from job.scaling import study
 from job.scaling.study import SYNTHETIC, Plan, Point
@@ -172,6 +170,8 @@ def call(command: Sequence[str], log: str, limit: float, environment: dict[str, 
 
 def _kill(process: subprocess.Popen) -> None:
     """End a launcher and its ranks, which are in process groups of their own."""
+    import psutil
+
     with contextlib.suppress(psutil.NoSuchProcess):
         launcher = psutil.Process(process.pid)
         for each in [launcher, *launcher.children(recursive=True)]:

@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from shards.command import Parser
 from shards.errors import InputError
-from tests.launch import error_lines, horovodrun, python
+from tests.launch import ROOT, error_lines, horovodrun, python
 
 SMALL = ["--recipe", "demo", "--model.width", "0.125", "--max-steps", "4", "--eval-every", "0", "--workers", "1"]
 
@@ -150,3 +152,27 @@ def test_an_option_that_is_not_there_is_named_before_what_is_missing(words, mess
     with pytest.raises(InputError, match=re.escape(message)):
         parser.parse_args(words)
     assert parser.parse_args(["--resize=3", "--", "--a", "b"]).source == "--a"
+
+
+COMMANDS = [
+    "job.train --data DIR",
+    "job.evaluate RUN --data DIR",
+    "job.export RUN --format onnx --out net.onnx",
+    "job.bench compute",
+    "job.bench loader --data DIR",
+    "job.scaling run --data DIR --np 1",
+    "shards.pack SOURCE DIR",
+    "shards.verify DIR",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_python_without_the_packages_is_named(command, demo_data, tmp_path):
+    """As when the environment was not activated. `-S`: Python without what is installed."""
+    given = {"DIR": demo_data, "SOURCE": demo_data, "RUN": tmp_path}
+    words = [str(given.get(word, word)) for word in command.split()]
+    alone = [sys.executable, "-S", "-m"]
+    done = subprocess.run([*alone, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    fails(done, "is not installed for", sys.executable, "slurm/install.sh", "slurm/activate.sh")
+    helped = subprocess.run([*alone, words[0], "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert helped.returncode == 0 and "usage" in helped.stdout, helped.stderr
