@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from job.scaling.model import Scenario
     from job.scaling.report import Assumed
 
-PLOTS = ("scipy", "jinja2", "matplotlib")  # the extra `plots` of setup.py
-
 
 def parser() -> Parser:
     """The command line."""
@@ -304,22 +302,14 @@ def main() -> None:
     options, further = parser().parse_known_args()
     if options.command != "run" and further:
         parser().parse_args()  # raises for the unknown option
-    try:
-        if options.command == "run":
-            # SIGTERM becomes an exception like Ctrl-C, so that what a study has started ends with it.
-            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-            run_study(options, further)
-        elif options.command == "report":
-            write_report(options)
-        else:
-            predict(options)
-    except ModuleNotFoundError as error:
-        if error.name not in PLOTS:
-            raise
-        raise InputError(
-            f"job.scaling {options.command} needs {error.name}: pip install alexnet-horovod[plots], or "
-            f"bash slurm/install.sh"
-        ) from None
+    if options.command == "run":
+        # SIGTERM becomes an exception like Ctrl-C, so that what a study has started ends with it.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        run_study(options, further)
+    elif options.command == "report":
+        write_report(options)
+    else:
+        predict(options)
 
 
 if __name__ == "__main__":
