@@ -63,6 +63,7 @@ def run(path: str, plan: Plan, how: How) -> None:
     Raises:
         InputError: the folder holds another study, or a point ran in another environment than those before.
     """
+    plan = study.continued(path, plan)
     points = study.points_of(plan)
     study.create(path, plan)
     known = {p.name: p for p in study.load(path).points}
@@ -296,7 +297,7 @@ def _bench_commands(plan: Plan, settings: config.Config) -> dict[str, list[str]]
     module = [sys.executable, "-m", "job.bench"]
     same = ["--recipe", settings.recipe, "--image-size", str(settings.image_size), "--device", settings.device]
     same += ["--precision", settings.precision, "--parallel", settings.parallel, "--steps", "10", "--rounds", "3"]
-    batch = str(max(1, plan.global_batch // min(plan.ranks)))
+    batch = str(max(1, plan.global_batch // plan.weak_from))
     commands = {"compute": [*module, "compute", *same, "--batch", batch, "--json"]}
     if real := [data for data in plan.data if data != SYNTHETIC]:
         commands["loader"] = [*module, "loader", "--data", real[0], "--crop", str(settings.image_size), "--json"]

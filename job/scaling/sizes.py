@@ -80,11 +80,11 @@ def curves_of(study: Study, sizes: Sequence[Size]) -> list[Curve]:
         own = sorted((s for s in sizes if s.data == data), key=lambda s: (s.ranks, s.measured.global_batch))
         first = own[0].measured
         batch = study.plan.get("global_batch", first.global_batch)
+        each = batch / (study.plan.get("weak_from") or first.ranks)
         for mode in study.plan.get("modes", MODES):
             if mode == "strong":
                 chosen = [s for s in own if s.measured.global_batch == batch]
             else:
-                each = first.global_batch / first.ranks
                 chosen = [s for s in own if s.measured.global_batch / s.ranks == each]
             if chosen:
                 found.append(Curve(mode, data, tuple(chosen)))

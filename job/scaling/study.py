@@ -33,13 +33,18 @@ class Plan:
     sizes: tuple[int, ...]
     modes: tuple[str, ...]
     data: tuple[str, ...]  # folders of shards, or "synthetic"
-    global_batch: int  # images per step. strong: at every size; weak: at the smallest, growing with the ranks
+    global_batch: int  # images per step. strong: at every size; weak: with `weak_from` ranks, growing with the ranks
     repeats: int
     steps: int
     seed: int
     train: tuple[str, ...] = ()  # further options of job.train
     ranks_per_node: int = 1
     slurm: bool = False
+    weak_from: int = 0  # ranks; 0: those of the smallest size
+
+    def __post_init__(self) -> None:
+        if not self.weak_from:
+            object.__setattr__(self, "weak_from", min(self.ranks))
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -194,7 +199,7 @@ def points_of(plan: Plan) -> list[Point]:
 
 
 def _batch_of(plan: Plan, mode: str, ranks: int) -> int:
-    batch = plan.global_batch if mode == "strong" else plan.global_batch // min(plan.ranks) * ranks
+    batch = plan.global_batch if mode == "strong" else plan.global_batch // plan.weak_from * ranks
     if batch % ranks:
         divisor = math.lcm(*plan.ranks)
         fitting = max(divisor, plan.global_batch // divisor * divisor)
@@ -212,6 +217,18 @@ def _kind_of(plan: Plan, data: str) -> str:
     return f"real{plan.data.index(data)}" if sum(d != SYNTHETIC for d in plan.data) > 1 else "real"
 
 
+def continued(path: str, plan: Plan) -> Plan:
+    """`plan`, with the batch per rank that weak scaling has in the study at `path`, if there is one.
+
+    Otherwise the points of a smaller size would be on another curve than those before it.
+    """
+    known = _plan_of(path)
+    if not known:
+        return plan
+    ranks = known["sizes"] if not known["slurm"] else [size * known["ranks_per_node"] for size in known["sizes"]]
+    return dataclasses.replace(plan, weak_from=known.get("weak_from") or min(ranks))
+
+
 def create(path: str, plan: Plan) -> None:
     """Create the folder of a study, or continue the one there, and lock it until this process ends.
 
@@ -221,21 +238,31 @@ def create(path: str, plan: Plan) -> None:
         InputError: the folder holds another study, is in use, or cannot be written.
     """
     file = os.path.join(path, "study.json")
-    fields = json.loads(json.dumps(dataclasses.asdict(plan)))
-    known = _read_json(file) if os.path.exists(file) else {}
+    fields, known = json.loads(json.dumps(dataclasses.asdict(plan))), _plan_of(path)
     for name in ("data", "global_batch", "steps", "train", "ranks_per_node", "slurm") if known else ():
-        before = known.get("plan", {}).get(name)
-        if before != fields[name]:
+        if known.get(name) != fields[name]:
             raise InputError(
-                f"{path} is a study with {name} {before}, not {fields[name]}; give the same, or another --study"
+                f"{path} is a study with {name} {known.get(name)}, not {fields[name]}; give the same, or another "
+                "--study"
             )
+    if known:  # the report shows what was measured before, too
+        fields["sizes"] = sorted({*known["sizes"], *fields["sizes"]})
+        fields["modes"] = [mode for mode in MODES if mode in (*known["modes"], *fields["modes"])]
+        fields["repeats"] = max(known["repeats"], fields["repeats"])
+    limits = _read_json(file).get("limits", {}) if known else {}
     try:
         for folder in ("points", "runs"):
             os.makedirs(os.path.join(path, folder), exist_ok=True)
         lock(path, "--study")
-        _write_json(file, {"plan": fields, "limits": known.get("limits", {})})
+        _write_json(file, {"plan": fields, "limits": limits})
     except OSError as error:
         raise InputError(f"cannot write the study {path}: {error.strerror}; choose another --study") from None
+
+
+def _plan_of(path: str) -> dict[str, Any]:
+    """The plan in the folder of a study; empty where there is none."""
+    file = os.path.join(path, "study.json")
+    return _read_json(file).get("plan", {}) if os.path.exists(file) else {}
 
 
 def save_point(path: str, point: Point) -> None:

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from job.scaling import __main__ as scaling
-from job.scaling import cost, runs, study
+from job.scaling import cost, runs, sizes, study
 from shards import command
 from shards.errors import InputError
 from tests import scaling_data
@@ -349,6 +349,30 @@ def test_a_folder_holds_one_study(tmp_path, monkeypatch):
     other = dataclasses.replace(PLAN, sizes=(1, 2), modes=("strong",), global_batch=32, repeats=1)
     with pytest.raises(InputError, match="global_batch 64, not 32"):
         runs.run(path, other, HOW)
+
+
+def curves(path: str) -> dict[str, list[tuple[int, int]]]:
+    """Ranks and batch of the sizes on each curve of a study."""
+    found = study.load(path)
+    return {
+        curve.mode: [(size.ranks, size.measured.global_batch) for size in curve.sizes]
+        for curve in sizes.curves_of(found, sizes.sizes_of(found))
+    }
+
+
+def test_a_study_keeps_its_curves_when_modes_and_sizes_are_added(tmp_path, monkeypatch):
+    path = str(tmp_path / "study")
+    fake_runs(monkeypatch)
+    plan = dataclasses.replace(PLAN, sizes=(2, 4), modes=("strong",), repeats=1, weak_from=0)
+    runs.run(path, plan, HOW)
+    runs.run(path, dataclasses.replace(plan, modes=("weak",)), HOW)
+    assert curves(path) == {"strong": [(2, 64), (4, 64)], "weak": [(2, 64), (4, 128)]}
+    # A smaller size: weak scaling keeps 32 images per rank.
+    runs.run(path, dataclasses.replace(plan, sizes=(1, 8), modes=("strong", "weak"), weak_from=0), HOW)
+    assert curves(path) == {
+        "strong": [(1, 64), (2, 64), (4, 64), (8, 64)],
+        "weak": [(1, 32), (2, 64), (4, 128), (8, 256)],
+    }
 
 
 @pytest.mark.long

@@ -162,3 +162,11 @@ def test_hosts_joined_by_slow_links_are_predicted_from_one_rank_and_the_link_spe
         assert predicted.sections[EXPOSED] == pytest.approx(m.sections[EXPOSED], rel=0.15)
         error = predicted.images_per_second / m.images_per_second - 1
         not_worse(f"{ranks} hosts of {name}", error, HOSTS_ERROR[name, ranks])
+
+
+@pytest.mark.parametrize(
+    "n, expected", [(1, 0.0), (2, 0.5642), (3, 0.8463), (10, 1.5388), (100, 2.5076), (1000, 3.2414)]
+)
+def test_the_expected_maximum_of_normal_deviates(n, expected):
+    """Harter, "Expected values of normal order statistics", Biometrika 48 (1961), table 1."""
+    assert scalingmodel.expected_maximum(n) == pytest.approx(expected, abs=1e-4)
