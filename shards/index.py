@@ -22,8 +22,8 @@ which split a tar belongs to:
   DEST, or a path or URL with a range of numbers, {000000..000127}. Shards are ordered by name, numbers as numbers.
 samples:
   A sample is a series of members with the same name up to the first dot. Its image is the first .jpg .jpeg .png
-  .webp (any case) or .raw; its label is the decimal text of .cls, or a field of .json (--label-key). Other members
-  are ignored. A label that is not a number is looked up in --classes.
+  .webp (any case), .raw or .yuv; its label is the decimal text of .cls, or a field of .json (--label-key). Other
+  members are ignored. A label that is not a number is looked up in --classes.
 """
 
 

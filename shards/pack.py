@@ -36,11 +36,12 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--encoding",
-        choices=("jpeg", "raw", "copy"),
+        choices=("jpeg", "raw", "planes", "copy"),
         default="jpeg",
-        help="jpeg (default); raw: pixels, read by plain copying;\ncopy: files unchanged",
+        help="jpeg (default); raw: pixels, read by plain copying;\n"
+        "planes: a JPEG's luma and chroma, half of raw;\ncopy: files unchanged",
     )
-    p.add_argument("--quality", type=int, metavar="Q", help="of JPEG, 1 to 100 (default 90)")
+    p.add_argument("--quality", type=int, metavar="Q", help="of jpeg and planes, 1 to 100 (default 90)")
     p.add_argument("--split", default="", metavar="NAME", help="name of the only split, or pack only this one")
     p.add_argument("--labels", default="", metavar="FILE", help="devkit, or a table (.csv, .txt): image, class")
     p.add_argument("--shard-mb", type=float, metavar="MB", help="size of a shard, about (default 64)")
@@ -88,16 +89,17 @@ def checked_options(arguments: argparse.Namespace) -> "Options":
         given = {"resize": 0, "fit": "none", "quality": 0}
     if arguments.encoding == "raw":
         if "quality" in given:
-            raise InputError("--quality is for --encoding jpeg")
+            raise InputError("--quality is for --encoding jpeg and planes")
         given["quality"] = 0
     options = Options(**given, encoding=arguments.encoding, **layout)
     if not (options.resize == 0 or 8 <= options.resize <= 4096):
         raise InputError(f"--resize {options.resize}: give 8 to 4096 pixels, or 0 to keep sizes")
-    if options.encoding == "raw" and options.fit == "none" and options.resize:
+    if options.encoding in ("raw", "planes") and options.fit == "none" and options.resize:
         raise InputError(
-            "raw images must have one size: --fit crop or squash, or --resize 0 where they have it already"
+            f"{options.encoding} images must have one size: --fit crop or squash, or --resize 0 where they have "
+            "it already"
         )
-    if options.encoding == "jpeg" and not 1 <= options.quality <= 100:
+    if options.encoding in ("jpeg", "planes") and not 1 <= options.quality <= 100:
         raise InputError(f"--quality {options.quality}: give 1 to 100")
     for name, least in (("workers", 1), ("shard_images", 1), ("shard_mb", 0.001), ("max_bad", 0), ("seed", 0)):
         value = getattr(arguments, name)

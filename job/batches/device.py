@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from job.batches.loader import Batch
+from job.batches.planes import as_rgb
 from shards.errors import InputError
 from shards.format.split import Split, parse_npy
 from shards.machine.caches import triton_lacks
@@ -64,7 +65,7 @@ def prepare(
     """Subtract from each crop its part of the mean image, then mirror it: as if done before cropping, as published.
 
     Args:
-        images: uint8 (N, crop, crop, 3).
+        images: uint8 (N, crop, crop, 3), or their planes, see job.batches.planes.
         offsets: int32 (N, 2), top and left of each crop in the stored image.
         mirror: bool (N,), which to mirror left to right.
         mean: float32 (H, W, 3) of the stored images, or (1, 1, 3), or None.
@@ -72,6 +73,7 @@ def prepare(
     Returns:
         `dtype` (N, 3, crop, crop), contiguous or in channels-last memory.
     """
+    images = as_rgb(images, offsets)
     if images.is_cuda and _kernel() is not None:
         return prepare_triton(images, offsets, mirror, mean, dtype, channels_last)
     return prepare_plain(images, offsets, mirror, mean, dtype, channels_last)

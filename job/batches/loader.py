@@ -20,7 +20,7 @@ from job.batches import order
 from job.batches.reader import BAD, Decoder, ReaderConfig, Slots
 from job.batches.workers import Workers, default_workers, worker_cores
 from shards.errors import InputError
-from shards.format.split import Split, load_labels
+from shards.format.split import BARE, Split, load_labels
 from shards.format.tar import BLOCK, refuse_foreign
 from shards.machine.files import check_regular, is_remote
 from shards.read.images import slow_decoder
@@ -53,7 +53,7 @@ class Batch:
     after that is asked for.)
     """
 
-    images: torch.Tensor  # uint8 (n, crop, crop, 3)
+    images: torch.Tensor  # uint8 (n, crop, crop, 3), or planes (n, crop_bytes), see shards.read.planes
     labels: torch.Tensor  # int64 (n,)
     offsets: torch.Tensor  # int32 (n, 2): top, left of the crop in the stored image
     mirror: torch.Tensor  # bool (n,): to be mirrored
@@ -127,8 +127,8 @@ class Loader:
     Validation: every sample once, in the order of the shards; position p belongs to rank p % world_size. A rank's last
     batch may be short, and ranks may differ in the number of batches. Iterating again starts over.
 
-    Memory: slots x rows x crop^2 x 3 bytes, with 5 slots (more only for batches of few images) whatever the number of
-    workers: 0.4 GB at 512 images of 227x227 per rank; and about 60 MB per worker.
+    Memory: slots x rows x crop^2 x 3 bytes (planes: half), with 5 slots (more only for batches of few images) whatever
+    the number of workers: 0.4 GB at 512 images of 227x227 per rank; and about 60 MB per worker.
 
     Args:
         workers: reader processes; None: by the cores that this rank has; 0: decode in this process.
@@ -188,7 +188,7 @@ class Loader:
         self._closed = False
         self._decoder = Decoder(self._config, self._slots)  # of this process: for workers=0 and for names of samples
         # Asked for by the rank first: the decoder may have to be compiled, and then the workers find it.
-        slow = slow_decoder() if split.encoding != "raw" else ""
+        slow = slow_decoder() if split.encoding not in BARE else ""
         if slow and rank == 0 and train:
             log.warning("%s", slow)
         self._workers = Workers(workers, self._memory.descriptor, self._memory.sizes, rank, self._decoder.name_at)

@@ -7,6 +7,7 @@ imported here, so that a reader starts in a fraction of a second.
 
 import dataclasses
 import json
+import math
 import mmap
 import os
 import select
@@ -20,8 +21,8 @@ import numpy as np
 
 from job.batches.order import crop_corner
 from shards.errors import InputError
-from shards.format.split import Shard, Split
-from shards.read import fastjpeg
+from shards.format.split import BARE, Shard, Split
+from shards.read import fastjpeg, planes
 from shards.read.images import BadImage, as_rgb, decode, fit_image, simplejpeg
 from shards.read.reader import DamagedSample, ShardReader
 
@@ -59,6 +60,18 @@ class ReaderConfig:
     random_crop: bool
     cores: tuple[int, ...] = ()  # to run on; empty: any
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of an image in a slot, uint8: RGB (crop, crop, 3), or the bytes of its planes."""
+        if self.split.encoding == "planes":
+            return (planes.crop_bytes(self.crop),)
+        return self.crop, self.crop, 3
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the images of a slot, in whole pages."""
+        return _round_up(self.rows * math.prod(self.image_shape))
+
     def to_json(self) -> bytes:
         """As text for another process."""
         return json.dumps(dataclasses.asdict(self)).encode()
@@ -91,10 +104,9 @@ class Slots:
     mirror: np.ndarray  # bool
 
     def __init__(self, memory: mmap.mmap, config: ReaderConfig):
-        n, rows, crop = config.slots, config.rows, config.crop
-        stride = _round_up(rows * crop * crop * 3)
+        n, rows, stride, shape = config.slots, config.rows, config.slot_bytes, config.image_shape
         pixels = np.frombuffer(memory, np.uint8, n * stride).reshape(n, stride)
-        self.images = pixels[:, : rows * crop * crop * 3].reshape(n, rows, crop, crop, 3)
+        self.images = pixels[:, : rows * math.prod(shape)].reshape(n, rows, *shape)
         at = n * stride
         for name, dtype, shape in _COLUMNS:
             count = n * rows * int(np.prod(shape))
@@ -106,7 +118,7 @@ class Slots:
         """Bytes that the slots of a reader's settings take."""
         rows = config.slots * config.rows
         columns = sum(_round_up(rows * int(np.prod(shape)) * np.dtype(dtype).itemsize) for _, dtype, shape in _COLUMNS)
-        return config.slots * _round_up(config.rows * config.crop * config.crop * 3) + columns
+        return config.slots * config.slot_bytes + columns
 
 
 _COLUMNS = (
@@ -137,8 +149,9 @@ class Decoder:
         self._ends = np.cumsum([shard.nsamples for shard in config.split.shards])
         split = config.split
         self._fixed = (split.height, split.width) if split.height and split.width else None
-        self._scratch = np.empty((*(self._fixed or (0, 0)), 3), np.uint8)
-        self._fast = fastjpeg.decoder() if self._fixed and split.encoding != "raw" else None
+        self._planes = planes.nbytes(*self._fixed) if self._fixed and split.encoding == "planes" else 0  # bytes
+        self._scratch = np.empty((*(self._fixed if self._fixed and not self._planes else (0, 0)), 3), np.uint8)
+        self._fast = fastjpeg.decoder() if self._fixed and split.encoding not in BARE else None
         self._address = slots.images.ctypes.data  # of the first slot's first row
 
     def close(self) -> None:
@@ -196,6 +209,11 @@ class Decoder:
         crop, images = self._config.crop, self._slots.images
         if self._fixed is not None:
             top, left = self._slots.offsets[slot, row].tolist()
+            if self._planes:
+                if len(data) != self._planes:
+                    raise BadImage(f"{len(data)} bytes, not {self._planes}")
+                planes.copy_crop(data, self._fixed, (top, left), crop, images[slot, row])
+                return
             address = self._address + slot * images.strides[0] + row * images.strides[1]
             if self._fast is None or not self._fast.crop(data, self._fixed, (top, left), (crop, crop), address):
                 images[slot, row] = self._pixels(data)[top : top + crop, left : left + crop]

@@ -21,7 +21,7 @@ import psutil
 
 from job.batches.workers import default_workers
 from shards import ROOT
-from shards.format.split import Split, load_split
+from shards.format.split import BARE, Split, load_split
 from shards.machine.facts import cpu_and_cores, versions
 from shards.machine.progress import Line
 from shards.read.images import decode, simplejpeg
@@ -50,7 +50,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             run = loader_run(split, workers, arguments.batch, arguments.crop, arguments.seconds)
             rates.append(run["images_per_second"])
             cpu.append(run["images_per_cpu_second"])
-            if split.encoding != "raw":
+            if split.encoding not in BARE:
                 bare.append(bare_decode(images, arguments.seconds / 2))
         line.clear()
     rate, processes = statistics.median(rates), max(workers, 1)
@@ -184,7 +184,7 @@ def synthetic_shards(encoding: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="loader-bench-") as folder:
         source, dest = os.path.join(folder, "images"), os.path.join(folder, "shards")
         write_photographs(os.path.join(source, "photograph"), _PHOTOS, _IMAGES // _PHOTOS, (_SIDE, _SIDE), _QUALITY)
-        kept = "raw" if encoding == "raw" else "copy"
+        kept = encoding if encoding in BARE else "copy"
         command = [sys.executable, "-m", "shards.pack", source, dest, "--split", "train", "--encoding", kept]
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         yield dest

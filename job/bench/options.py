@@ -35,7 +35,7 @@ def add_loader_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=-1, metavar="W", help="reader processes; -1: by the cores given")
     parser.add_argument("--batch", type=int, default=256, metavar="N", help="images per batch")
     parser.add_argument("--crop", type=int, default=227, metavar="PX")
-    parser.add_argument("--encoding", choices=("jpeg", "raw"), default="jpeg", help="of the synthetic shards")
+    parser.add_argument("--encoding", choices=("jpeg", "raw", "planes"), default="jpeg", help="of the synthetic shards")
     parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of them; the median counts")
 

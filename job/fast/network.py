@@ -114,14 +114,16 @@ class Network:
             self._record()
 
     def prepare(self, images: Tensor, offsets: Tensor, mirror: Tensor, mean: Tensor | None) -> Tensor:
-        """`job.batches.device.prepare` into `self.images`. images: uint8 (batch, crop, crop, 3)."""
+        """`job.batches.device.prepare` into `self.images`. images: uint8 (batch, crop, crop, 3), or their planes."""
         from job.fast.kernels import prepare_blocks
+        from job.fast.planes import prepare_planes
 
         height, width = (0, 0) if mean is None else mean.shape[:2]
         blocks = self.images.shape[1]
-        prepare_blocks[(blocks, self.batch)](
+        kernel, values = (prepare_blocks, 12) if images.ndim == 4 else (prepare_planes, 4)
+        kernel[(blocks, self.batch)](
             images, offsets, mirror.view(torch.uint8), images if mean is None else mean, self.images, height, width,
-            CROP=images.shape[1], BLOCKS=blocks, SIZE=power_of_two(12 * blocks),
+            CROP=self.model.image_size, BLOCKS=blocks, SIZE=power_of_two(values * blocks),
             MEAN=0 if mean is None else 1 if (height, width) == (1, 1) else 2,
         )  # fmt: skip
         return self.images

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from job.batches.device import prepare, to_device
+from job.batches.planes import as_rgb
 from job.batches.loader import Loader, too_many_bad
 from shards.errors import InputError
 from shards.format.split import Split, load_labels
@@ -45,8 +46,11 @@ def validate(
     sums = torch.zeros(6, dtype=torch.float64, device=device)
     shown = Progress(loader.split.nsamples, what="validation")  # rank 0 counts for all: they have equal shares
     mean = mean.permute(1, 2, 0).contiguous().to(device)  # (S, S, 3)
-    # The crop's place in the stored image does not matter: the mean is that of the crop.
-    to_input = lambda images, offsets, mirror: prepare(images, torch.zeros_like(offsets), mirror, mean)  # noqa: E731
+
+    def to_input(images: Tensor, offsets: Tensor, mirror: Tensor) -> Tensor:
+        # The mean is that of the crop: where this lies in the stored image does not matter to it, only to its planes.
+        return prepare(as_rgb(images, offsets), torch.zeros_like(offsets), mirror, mean)
+
     was_training = model.training
     model.eval()
     try:

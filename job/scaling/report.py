@@ -44,7 +44,7 @@ PART = {  # what limits a step when this section is long
     REST: "host",
 }
 ADVICE = {
-    WAIT: "more reader processes (--workers), shards staged on the nodes' own disks (STAGE=1), or --encoding raw",
+    WAIT: "more reader processes (--workers), shards on the nodes' own disks (STAGE=1), or --encoding planes or raw",
     TO_DEVICE: "pinned memory and images kept as uint8 until they are on the device; else a faster bus",
     COMPUTE: "a faster device or bf16",
     EXPOSED: "more images per rank, gradients in fp16, a faster network, or fewer and larger nodes",

@@ -6,15 +6,16 @@ In: the bytes of an image member. Out: nothing, or the `BadSample` that says wha
 import ctypes
 
 from shards.check.samples import BadSample
-from shards.format.split import Split
-from shards.read import fastjpeg, images
+from shards.format.split import BARE, Split
+from shards.read import fastjpeg, images, planes
 
 
 def check_image(data: bytes, split: Split) -> None:
     """Decode an image and compare its size with the index. Raises BadSample if it is damaged or of another size."""
-    if split.encoding == "raw":
-        if len(data) != split.height * split.width * 3:
-            raise BadSample(f"raw image of {len(data)} bytes, not {split.height} x {split.width} x 3", "image")
+    if split.encoding in BARE:
+        if len(data) != planes.bare_bytes(split.encoding, split.height, split.width):
+            size = f"of {split.width}x{split.height} pixels"
+            raise BadSample(f"{split.encoding} image of {len(data)} bytes, which is none {size}", "image")
         return
     try:
         height, width = _decoded_size(data)

@@ -20,6 +20,7 @@ from shards.check.tars import TarContents, TarToIndex, index_tar
 from shards.errors import InputError, few, short
 from shards.format.names import STATE, missing_numbers
 from shards.format.split import (
+    BARE,
     Member,
     Shard,
     Split,
@@ -33,6 +34,7 @@ from shards.format.split import (
 from shards.format.tar import open_tar, samples, window_read
 from shards.machine.files import is_remote, read_file
 from shards.machine.progress import Progress
+from shards.read.planes import bare_bytes
 
 _LOOKED_AT = 20  # samples that are searched for .cls members
 _SHOWN_SAMPLES, _SHOWN_SHARDS = 5, 20  # problems of a split that are printed
@@ -244,18 +246,20 @@ def _image_size(
     """Encoding, height and width for <split>.json: only what is known to be true of every image; else 0."""
     encodings = set().union(*(contents.encodings for contents in found))
     if len(encodings) > 1:
-        raise InputError(f"split {name!r} mixes raw images and image files; index them as two splits with --splits")
-    if encodings != {"raw"}:
+        kinds = " and ".join("image files" if e == "jpeg" else f"{e} images" for e in sorted(encodings, reverse=True))
+        raise InputError(f"split {name!r} mixes {kinds}; index them as two splits with --splits")
+    encoding = encodings.pop() if encodings else "jpeg"
+    if encoding not in BARE:
         # Tar headers do not tell the size of an image. It stays known if these are the files of the old index.
         return ("jpeg", old.height, old.width) if old and same_files else ("jpeg", 0, 0)
-    sizes = set().union(*(contents.raw_sizes for contents in found))
+    sizes = set().union(*(contents.bare_sizes for contents in found))
     shape = (old.height, old.width) if old and old.height else _mean_shape(options.dest)
-    if sizes != {shape[0] * shape[1] * 3}:
+    if sizes != {bare_bytes(encoding, *shape)}:
         raise InputError(
-            f"split {name!r} has raw images of {', '.join(str(s) for s in sorted(sizes)[:3])} bytes and nothing tells "
-            f"their height and width; restore {name}.json or mean.npy beside them, or pack them again"
+            f"split {name!r} has {encoding} images of {', '.join(str(s) for s in sorted(sizes)[:3])} bytes and nothing "
+            f"tells their height and width; restore {name}.json or mean.npy beside them, or pack them again"
         )
-    return "raw", *shape
+    return encoding, *shape
 
 
 def _mean_shape(dest: str) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 
 from shards.errors import few, printable, short
-from shards.format.split import Member, image_member
+from shards.format.split import BARE, Member, image_member
 from shards.format.tar import split_name
 
 MAX_LABEL_BYTES = 1 << 20  # a label member above this size is not read
@@ -84,7 +84,7 @@ def check_members(sample: tuple[Member, ...], rule: LabelRule, encoding: str) ->
     label = next((member for member in sample if member.ext.lower() == rule.member), None)
     has = "" if image and label else f"it has {few(('.' + ext for ext in extensions), 4)}{dots_hint(sample)}"
     if image is None:
-        raise BadSample(f"it has no image member .jpg .jpeg .png .webp or .raw ({has})")
+        raise BadSample(f"it has no image member .jpg .jpeg .png .webp, .raw or .yuv ({has})")
     if label is None:
         raise BadSample(f"it has no label member .{rule.member} ({has})")
     if not image.size:
@@ -114,5 +114,7 @@ def sample_key(sample: tuple[Member, ...]) -> str:
 
 
 def encoding_of(sample: tuple[Member, ...]) -> str:
-    """ "raw" or "jpeg" (any image file), as in <split>.json, by the members of one sample."""
-    return "raw" if image_member(sample, "jpeg") is None and image_member(sample, "raw") else "jpeg"
+    """ "raw", "planes" or "jpeg" (any image file), as in <split>.json, by the members of one sample."""
+    if image_member(sample, "jpeg") is not None:
+        return "jpeg"
+    return next((encoding for encoding in BARE if image_member(sample, encoding)), "jpeg")

@@ -10,7 +10,7 @@ import numpy as np
 
 from shards.check.samples import BadSample, LabelRule, Problem, check_members, encoding_of, read_label, sample_key
 from shards.errors import InputError
-from shards.format.split import Member, format_idx
+from shards.format.split import BARE, Member, format_idx
 from shards.format.tar import NotTar, TarError, open_tar, samples, window_read
 from shards.machine.files import is_remote, write_whole
 
@@ -40,7 +40,7 @@ class TarContents:
     problems: list[Problem] = dataclasses.field(default_factory=list)
     damaged: bool = False  # there are samples or bytes that cannot be used
     encodings: set[str] = dataclasses.field(default_factory=set)
-    raw_sizes: set[int] = dataclasses.field(default_factory=set)  # bytes of the raw images
+    bare_sizes: set[int] = dataclasses.field(default_factory=set)  # bytes of the images that are bare pixels
     not_tar: bool = False  # the file is of another kind
 
 
@@ -72,8 +72,8 @@ def index_tar(task: TarToIndex) -> TarContents:
                     continue
                 good.append(sample)
                 found.encodings.add(encoding)
-                if encoding == "raw":
-                    found.raw_sizes.add(image.size)
+                if encoding in BARE:
+                    found.bare_sizes.add(image.size)
     except OSError as error:
         raise InputError(f"cannot read {task.path}: {error.strerror or error}", everywhere=False) from None
     found.not_tar = any(isinstance(error, NotTar) for error in damage)

@@ -20,7 +20,9 @@ if TYPE_CHECKING:  # numpy is imported where it is used: --help of the commands 
     import numpy as np
 
 INDEX_VERSION = "v1.2"  # first word of an .idx file as NVIDIA DALI's wds2idx writes it
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of image members, in lower case, unless the encoding is "raw"
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of image members that are files, in lower case
+# Encodings whose images are bare pixels, all of one size, and the extension of their members.
+BARE = {"raw": "raw", "planes": "yuv"}
 
 # Fields of <split>.json and of its shards.
 _FILE_FIELDS = ("labels", "labels_sha256", "crc32", "crc32_sha256")
@@ -69,7 +71,9 @@ class Split:
     shards: tuple[Shard, ...]
     classes: tuple[str, ...] = ()  # class names; a label is an index into them
     mean: str = ""  # file of the mean image (float32 .npy, H x W x 3), relative to root; empty: none
-    encoding: str = "jpeg"  # "raw": each image member is uint8 (height, width, 3); "jpeg": an image file of any kind
+    # "raw": each image member is uint8 (height, width, 3); "planes": see shards.read.planes; "jpeg": an image file of
+    # any kind.
+    encoding: str = "jpeg"
     height: int = 0  # pixels, if all images of the split have one size; else 0
     width: int = 0
     label_member: str = "cls"  # member that holds the label: "cls" is decimal text
@@ -116,7 +120,7 @@ def image_member(sample: tuple[Member, ...], encoding: str) -> Member | None:
 
     A longer extension (`.img.png`) counts only if there is no other: beside a `.jpg`, `.seg.png` is a mask.
     """
-    endings = ("raw",) if encoding == "raw" else IMAGE_EXTENSIONS
+    endings = (BARE[encoding],) if encoding in BARE else IMAGE_EXTENSIONS
     whole = next((member for member in sample if member.ext.lower() in endings), None)
     return whole or next((m for m in sample if m.ext.rpartition(".")[2].lower() in endings), None)
 

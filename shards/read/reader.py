@@ -14,7 +14,7 @@ import resource
 import time
 
 from shards.errors import InputError, few
-from shards.format.split import IMAGE_EXTENSIONS, INDEX_VERSION, Member, Shard, Split, image_member, read_idx
+from shards.format.split import BARE, IMAGE_EXTENSIONS, INDEX_VERSION, Member, Shard, Split, image_member, read_idx
 from shards.format.tar import BLOCK, header_size, is_header_of, refuse_foreign
 from shards.machine import remote
 from shards.machine.files import check_regular, is_remote, read_file
@@ -264,9 +264,10 @@ def _image_of(split: Split, shard: Shard, number: int, sample: tuple[Member, ...
     image = image_member(sample, split.encoding)
     if image is None:
         found = few((member.ext for member in sample), separator=", ")
+        endings = (BARE[split.encoding],) if split.encoding in BARE else IMAGE_EXTENSIONS
         raise InputError(
             f"{split.path(shard.url)}: sample {number} has no image member ({found}); "
-            f"images end in {', '.join('.' + ext for ext in IMAGE_EXTENSIONS)}",
+            f"images end in {', '.join('.' + ext for ext in endings)}",
             everywhere=False,
         )
     return image

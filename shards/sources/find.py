@@ -7,7 +7,7 @@ archive of the same images are packed to the same bytes. Nothing is unpacked; of
 import os
 
 from shards.errors import InputError
-from shards.format.split import image_member, load_labels, load_split, read_idx
+from shards.format.split import BARE, image_member, load_labels, load_split, read_idx
 from shards.machine.files import is_remote
 from shards.sources import ilsvrc
 from shards.sources.folders import find_in_folders, holds_classes, only_folder, split_folders
@@ -126,8 +126,9 @@ def _webdataset(source: str, names: list[str]) -> list[Items]:
                 rows.add(
                     f"{os.path.basename(paths[number])}/{image.name}", next(labels), number, image.offset, image.size
                 )
-        pixels = (split.height, split.width, 3) if split.encoding == "raw" else None
+        bare = split.encoding in BARE
+        about = {"pixels": (split.height, split.width, 3), "planes": split.encoding == "planes"} if bare else {}
         classes = split.classes or [str(i) for i in range(1 + max(rows.labels()))]
         mean = split.path(split.mean) if split.mean else ""
-        found.append(rows.items(name, paths, list(classes), pixels=pixels, mean=mean if os.path.exists(mean) else ""))
+        found.append(rows.items(name, paths, list(classes), mean=mean if os.path.exists(mean) else "", **about))
     return found

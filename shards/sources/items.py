@@ -34,6 +34,7 @@ class Items:
     classes: tuple[str, ...]
     wnids: tuple[str, ...] = ()  # WordNet ids of the classes, if known
     pixels: tuple[int, ...] | None = None  # (height, width) or (height, width, 3) of bare pixels; None: image files
+    planes: bool = False  # the bare pixels are stored as shards.read.planes
     mean: str = ""  # file of the mean image, if the source has one
     gzipped: bool = False  # files[0] must be unpacked before images can be read from it
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)  # number of other files by ending
@@ -49,6 +50,7 @@ class Items:
     def digest(self) -> str:
         """Hex digest that is the same for the same images in the same order, wherever the source is mounted."""
         sha = hashlib.sha256(repr((self.split, [os.path.basename(f) for f in self.files], self.pixels)).encode())
+        sha.update(b"planes" * self.planes)
         for part in (self.table, self.names):
             sha.update(np.ascontiguousarray(part).view(np.uint8))
         return sha.hexdigest()

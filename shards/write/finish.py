@@ -8,7 +8,7 @@ import os
 import numpy as np
 
 from shards.errors import InputError
-from shards.format.split import Shard, Split, npy_bytes, save_index
+from shards.format.split import BARE, Shard, Split, npy_bytes, save_index
 from shards.machine.files import write_whole
 from shards.sources.items import table_paths
 from shards.write.plan import MEAN
@@ -56,8 +56,9 @@ def _finish_split(packing: Packing, records: list[ShardRecord], worked: bool) ->
         raise InputError(f"no image of split {split!r} can be decoded")
     sizes = {tuple(record.size) for record in records if record.nsamples}
     height, width = sizes.pop() if len(sizes) == 1 else (0, 0)
-    if packing.options.encoding == "raw" and not height:
-        raise InputError(SIZES_DIFFER)
+    encoding = packing.options.encoding
+    if encoding in BARE and not height:
+        raise InputError(f"{encoding} {SIZES_DIFFER}")
     if worked or not os.path.exists(os.path.join(packing.dest, f"{split}.json")):
         if split == "train":
             _write_mean(packing, records, nsamples, height, width)
@@ -87,7 +88,7 @@ def _write_index(packing: Packing, records: list[ShardRecord], height: int, widt
         shards=tuple(shards),
         classes=items.classes,
         mean=MEAN if os.path.exists(os.path.join(packing.dest, MEAN)) else "",
-        encoding="raw" if packing.options.encoding == "raw" else "jpeg",
+        encoding=packing.options.encoding if packing.options.encoding in BARE else "jpeg",
         height=height,
         width=width,
         extra={"wnids": list(items.wnids)} if items.wnids else {},

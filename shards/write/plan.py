@@ -36,7 +36,10 @@ def prepare(items: Items, dest: str, options: Options) -> Packing:
         InputError: DEST holds this split packed in another way, or other classes, or shards that are not ours.
     """
     if options.encoding == "copy" and items.pixels:
-        raise InputError("the source holds bare pixels, no image files to copy: use --encoding raw --resize 0, or jpeg")
+        kept = "planes" if items.planes else "raw"
+        raise InputError(
+            f"the source holds bare pixels, no image files to copy: use --encoding {kept} --resize 0, or jpeg"
+        )
     packing = Packing(dest, items, options, 0)
     settings = {"format": _FORMAT, **dataclasses.asdict(options), "source": items.digest()}
     path = packing.state(f"{items.split}.settings.json")
@@ -113,7 +116,7 @@ def _count_shards(items: Items, options: Options) -> int:
     sizes = []
     for row in range(min(_SAMPLE, count)):
         try:
-            payload = encode(reader.read(row), options, items.pixels).payload
+            payload = encode(reader.read(row), options, items).payload
             sizes.append(3 * BLOCK + -(-len(payload) // BLOCK) * BLOCK)
         except BadImage:
             continue

@@ -20,10 +20,10 @@ import numpy as np
 
 from shards.errors import InputError
 from shards.format.names import STATE
-from shards.format.split import Member, format_idx, idx_path, npy_bytes
+from shards.format.split import BARE, Member, format_idx, idx_path, npy_bytes
 from shards.format.tar import BLOCK
 from shards.machine.files import sync_folder, write_whole
-from shards.read import images
+from shards.read import images, planes
 from shards.read.images import BadImage
 from shards.sources.items import Items, SourceReader, load_table
 
@@ -35,7 +35,7 @@ _CHUNKS_AHEAD = 4
 # seconds per image. From the page cache an image takes 20 us; getting it from a thread takes 65 us.
 _SLOW_READ, _SLOW_CHUNKS = 2e-4, 2
 MEAN_PIXELS = 1 << 22  # larger images get no mean image: it would be larger than the rest of the process
-SIZES_DIFFER = "raw images must all have one size, and these differ; give --resize with --fit crop or squash"
+SIZES_DIFFER = "images must all have one size, and these differ; give --resize with --fit crop or squash"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Options:
 
     resize: int = 256  # pixels; 0: sizes are kept
     fit: str = "crop"  # crop, squash, none
-    encoding: str = "jpeg"  # jpeg, raw, copy
+    encoding: str = "jpeg"  # jpeg, raw, planes, copy
     quality: int = 90
     seed: int = 0  # of the shuffle
     shard_mb: float | None = None  # wanted size of a shard; None: the default
@@ -211,19 +211,37 @@ class Encoded:
     image: np.ndarray | None = None  # its pixels before JPEG; None: copied without decoding
 
 
-def encode(data: bytes, options: Options, pixels: tuple[int, ...] | None) -> Encoded:
-    """The member for an image as read. `pixels`: shape where `data` is bare pixels. Raises BadImage."""
+def encode(data: bytes, options: Options, items: Items) -> Encoded:
+    """The member for an image of `items` as read. Raises BadImage."""
     if options.encoding == "copy":
         size = images.header_size(data)
         return Encoded(images.file_kind(data), data, size)
-    if pixels:
-        image = np.frombuffer(data, np.uint8).reshape(pixels)
+    if items.planes:
+        if len(data) != planes.nbytes(*items.pixels[:2]):
+            raise BadImage(f"{len(data)} bytes, not {planes.nbytes(*items.pixels[:2])}")
+        image = planes.to_rgb(data, *items.pixels[:2])
+    elif items.pixels:
+        image = np.frombuffer(data, np.uint8).reshape(items.pixels)
     else:
         image = images.decode(data, options.resize, square=options.resize > 0 and options.fit == "crop")
     image = images.fit_image(image, options.resize, options.fit)
     if options.encoding == "raw":
-        return Encoded("raw", images.as_rgb(image).tobytes(), image.shape[:2], image)
+        return Encoded(BARE["raw"], images.as_rgb(image).tobytes(), image.shape[:2], image)
+    if options.encoding == "planes":
+        return Encoded(BARE["planes"], _planes(data, image, options.quality, items), image.shape[:2], image)
     return Encoded("jpg", images.encode_jpeg(image, options.quality), image.shape[:2], image)
+
+
+def _planes(data: bytes, image: np.ndarray, quality: int, items: Items) -> bytes:
+    """The planes of an image: those of `data`, the image as read, where `image` has its size; else those of a JPEG."""
+    size = image.shape[:2]
+    if min(size) < planes.LEAST:
+        raise BadImage(f"{size[1]}x{size[0]} pixels; --encoding planes needs {planes.LEAST} x {planes.LEAST} or more")
+    if items.planes and size == items.pixels[:2]:
+        return data
+    header = None if items.pixels else images.jpeg_header(data)
+    kept = planes.from_jpeg(data) if header and header[:2] == size else None
+    return kept or planes.from_jpeg(images.encode_jpeg(image, quality))
 
 
 class _ShardWriter:
@@ -251,7 +269,7 @@ class _ShardWriter:
         try:
             if isinstance(data, BadImage):
                 raise data
-            encoded = encode(data, self.packing.options, self.packing.items.pixels)
+            encoded = encode(data, self.packing.options, self.packing.items)
         except BadImage as error:
             self.bad.append((self.packing.items.name(row), str(error)))
             return
@@ -277,8 +295,8 @@ class _ShardWriter:
                 self._sums = np.zeros((*self.size, 3), np.uint32)
                 self._block = np.zeros((*self.size, 3), np.uint16)
         if self.size != encoded.size:
-            if encoded.ending == "raw":
-                raise InputError(SIZES_DIFFER)
+            if self.packing.options.encoding in BARE:
+                raise InputError(f"{self.packing.options.encoding} {SIZES_DIFFER}")
             self.size, self._sums = (0, 0), None
         elif self._sums is not None:
             self._add_to_sums(encoded.image)
