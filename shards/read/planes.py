@@ -83,9 +83,7 @@ def _check_library() -> None:
     from PIL import features
 
     if not features.check_feature("libjpeg_turbo"):
-        raise InputError(
-            "--encoding planes needs a Pillow with libjpeg-turbo, as that of PyPI; or use jpeg"
-        )
+        raise InputError("--encoding planes needs a Pillow with libjpeg-turbo, as that of PyPI; or use jpeg")
 
 
 # Parts for a batch.
