@@ -150,6 +150,8 @@ class Decoder:
         split = config.split
         self._fixed = (split.height, split.width) if split.height and split.width else None
         self._planes = planes.nbytes(*self._fixed) if self._fixed and split.encoding == "planes" else 0  # bytes
+        if self._planes:
+            self._luma, self._chroma = planes.crop_views(slots.images, config.crop)
         self._scratch = np.empty((*(self._fixed if self._fixed and not self._planes else (0, 0)), 3), np.uint8)
         self._fast = fastjpeg.decoder() if self._fixed and split.encoding not in BARE else None
         self._address = slots.images.ctypes.data  # of the first slot's first row
@@ -212,7 +214,7 @@ class Decoder:
             if self._planes:
                 if len(data) != self._planes:
                     raise BadImage(f"{len(data)} bytes, not {self._planes}")
-                planes.copy_crop(data, self._fixed, (top, left), crop, images[slot, row])
+                planes.copy_crop(data, self._fixed, (top, left), self._luma[slot, row], self._chroma[slot, row])
                 return
             address = self._address + slot * images.strides[0] + row * images.strides[1]
             if self._fast is None or not self._fast.crop(data, self._fixed, (top, left), (crop, crop), address):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from job.batches.device import prepare, to_device
-from job.batches.planes import as_rgb
 from job.batches.loader import Loader, too_many_bad
+from job.batches.planes import as_rgb
 from shards.errors import InputError
 from shards.format.split import Split, load_labels
 from shards.machine.progress import Progress

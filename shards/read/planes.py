@@ -111,34 +111,45 @@ def crop_side(size: int) -> int:
     return side
 
 
+def crop_views(parts: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Views of parts (..., crop_bytes(side)): luma (..., side, side), chroma (..., 2, chroma_side, chroma_side)."""
+    there = chroma_side(side)
+    luma, chroma = parts[..., : side * side], parts[..., side * side :]
+    return luma.reshape(*parts.shape[:-1], side, side), chroma.reshape(*parts.shape[:-1], 2, there, there)
+
+
 def copy_crop(
-    data: bytes | memoryview, size: tuple[int, int], corner: tuple[int, int], side: int, out: np.ndarray
+    data: bytes | memoryview, size: tuple[int, int], corner: tuple[int, int], luma: np.ndarray, chroma: np.ndarray
 ) -> None:
-    """Copy a square part of an image.
+    """Copy a square part of an image: one row after another, 7 us for 227 x 227.
 
     Args:
         data: the image, nbytes(*size).
         size: height, width of the image.
         corner: top, left of the part.
-        out: uint8 (crop_bytes(side),).
+        luma, chroma: where to; see `crop_views`.
     """
-    luma, chroma = split_planes(data, *size)
-    top, left = corner
-    out[: side * side].reshape(side, side)[:] = luma[top : top + side, left : left + side]
-    there = chroma_side(side)
-    out = out[side * side :].reshape(2, there, there)
-    (rows, columns), y, x = chroma.shape[1:], top // 2 - 1, left // 2 - 1
+    (height, width), (top, left) = size, corner
+    rows, columns = (height + 1) // 2, (width + 1) // 2
+    luma[:] = np.ndarray(luma.shape, np.uint8, data, top * width + left, (width, 1))
+    y, x, there = top // 2 - 1, left // 2 - 1, chroma.shape[1]
     first_y, first_x = max(y, 0), max(x, 0)
     last_y, last_x = min(y + there, rows), min(x + there, columns)
-    out[:, first_y - y : last_y - y, first_x - x : last_x - x] = chroma[:, first_y:last_y, first_x:last_x]
+    place = height * width + first_y * columns + first_x
+    shape = 2, last_y - first_y, last_x - first_x
+    inside = np.ndarray(shape, np.uint8, data, place, (rows * columns, columns, 1))
+    if shape[1:] == chroma.shape[1:]:
+        chroma[:] = inside
+        return
+    chroma[:, first_y - y : last_y - y, first_x - x : last_x - x] = inside
     if first_y > y:
-        out[:, 0] = out[:, 1]
+        chroma[:, 0] = chroma[:, 1]
     if last_y < y + there:
-        out[:, last_y - y :] = out[:, last_y - y - 1 : last_y - y]
+        chroma[:, last_y - y :] = chroma[:, last_y - y - 1 : last_y - y]
     if first_x > x:
-        out[:, :, 0] = out[:, :, 1]
+        chroma[:, :, 0] = chroma[:, :, 1]
     if last_x < x + there:
-        out[:, :, last_x - x :] = out[:, :, last_x - x - 1 : last_x - x]
+        chroma[:, :, last_x - x :] = chroma[:, :, last_x - x - 1 : last_x - x]
 
 
 # To RGB.
