@@ -3,6 +3,7 @@
 In: a network with its own mean image and classes, and each rank's loader. Out: figures that are the same on all ranks.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import horovod.torch as hvd
@@ -16,6 +17,11 @@ from job.batches.planes import as_rgb
 from shards.errors import InputError
 from shards.format.split import Split, load_labels
 from shards.machine.progress import Progress
+
+
+def _input(mean: Tensor, images: Tensor, offsets: Tensor, mirror: Tensor) -> Tensor:
+    """The network's input of a batch. Where a crop lies matters to its planes, but not to the mean, which is its own."""
+    return prepare(as_rgb(images, offsets), torch.zeros_like(offsets), mirror, mean)
 
 
 def validate(
@@ -46,16 +52,11 @@ def validate(
     sums = torch.zeros(6, dtype=torch.float64, device=device)
     shown = Progress(loader.split.nsamples, what="validation")  # rank 0 counts for all: they have equal shares
     mean = mean.permute(1, 2, 0).contiguous().to(device)  # (S, S, 3)
-
-    def to_input(images: Tensor, offsets: Tensor, mirror: Tensor) -> Tensor:
-        # The mean is that of the crop: where this lies in the stored image does not matter to it, only to its planes.
-        return prepare(as_rgb(images, offsets), torch.zeros_like(offsets), mirror, mean)
-
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            for batch, images, labels in to_device(loader, device, to_input):
+            for batch, images, labels in to_device(loader, device, functools.partial(_input, mean)):
                 labels = labels if relabel is None else relabel[labels]
                 if give_up():
                     sums[5] = 1
