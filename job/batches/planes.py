@@ -1,7 +1,7 @@
 """Planes of chroma and luma (shards.read.planes) to RGB, for a whole batch, on any device, in plain PyTorch.
 
 In: the parts of images that the readers copied, and where these lie. Out: uint8 crops, bit for bit those that
-libjpeg-turbo makes of the same JPEG. job.fast.input does it in one kernel with the mean image.
+libjpeg-turbo makes of the same JPEG. job.fast.planes does it in one kernel with the mean image.
 """
 
 import torch

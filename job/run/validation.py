@@ -20,7 +20,7 @@ from shards.machine.progress import Progress
 
 
 def _input(mean: Tensor, images: Tensor, offsets: Tensor, mirror: Tensor) -> Tensor:
-    """The network's input of a batch. Where a crop lies matters to its planes, but not to the mean, which is its own."""
+    """The network's input. Where a crop lies matters to its planes, but not to the mean, which is its own."""
     return prepare(as_rgb(images, offsets), torch.zeros_like(offsets), mirror, mean)
 
 

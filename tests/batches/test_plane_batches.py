@@ -1,6 +1,8 @@
 """Batches of planes give the crops of the same JPEG bit for bit: by plain PyTorch, by the kernel, by any readers."""
 
 import dataclasses
+import json
+import shutil
 
 import horovod.torch as hvd
 import numpy as np
@@ -16,6 +18,7 @@ from job.batches.planes import as_rgb, side_of
 from job.network.alexnet import AlexNet
 from job.run.validation import validate
 from shards.read import planes
+from tests.launch import metrics, python
 from tests.shardmaker import damage, image_offset, write_split
 from tests.shards.test_planes import jpeg, picture
 
@@ -184,3 +187,24 @@ def test_validation_subtracts_the_mean_of_the_centre(splits, monkeypatch):
             assert validate(Seen(), loader, mean, torch.device("cpu"), "fp32")["samples"] == 90
         found[name] = torch.cat(seen)
     assert torch.equal(found["jpeg"], found["planes"]) and (SIZE[0] - 31) // 2 % 2 == 1
+
+
+def test_training_from_planes_is_training_from_jpeg_bit_for_bit(demo_data, tmp_path):
+    """Packed with the same options, and with validation on JPEG shards beside them; evaluated on planes."""
+    done = python("shards.pack", "shards/demo", str(tmp_path / "planes"), "--resize", "70", "--encoding", "planes")
+    assert done.returncode == 0, done.stderr
+    mixed = tmp_path / "mixed"
+    shutil.copytree(tmp_path / "planes", mixed, ignore=shutil.ignore_patterns("val*", ".pack"))
+    for path in demo_data.glob("val*"):
+        shutil.copy(path, mixed)
+    small = "--recipe demo --model.width 0.0625 --global-batch 64 --max-steps 4 --log-every 1 --workers 1".split()
+    for data in (demo_data, mixed):
+        done = python("job.train", *small, "--data", str(data), "--out", str(tmp_path / f"run-{data.name}"))
+        assert done.returncode == 0, done.stdout + done.stderr
+    jpeg_run, planes_run = tmp_path / f"run-{demo_data.name}", tmp_path / "run-mixed"
+    for kind in ("train", "val"):
+        by_jpeg, by_planes = ([m["loss"] for m in metrics(run, kind)] for run in (jpeg_run, planes_run))
+        assert by_jpeg == by_planes and by_jpeg
+    done = python("job.evaluate", str(planes_run), "--data", str(tmp_path / "planes"), "--workers", "0", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["loss"] == pytest.approx(by_jpeg[-1], rel=1e-6)

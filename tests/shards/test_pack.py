@@ -524,7 +524,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("encoding", ["jpeg", "raw", "copy"])
+@pytest.mark.parametrize("encoding", ["jpeg", "raw", "planes", "copy"])
 def test_bad_images_are_named_and_left_out_only_when_allowed(encoding, tmp_path, capsys):
     source = tmp_path / "source"
     for i in range(12):

@@ -101,6 +101,7 @@ def stored(dest: str, split: str = "train") -> list[tuple[int, bytes]]:
             Options(resize=20, fit="none"),
             Options(resize=0),
             Options(resize=24, encoding="raw", quality=0),
+            Options(resize=25, encoding="planes"),
         ]
     ),
     data=st.data(),
