@@ -28,6 +28,9 @@ EXTRAS = {
         "pytest-xdist>=3.6",  # two files of tests at a time
         "hypothesis>=6.100",  # the invariants of the data stream are properties
         "ruff>=0.8",  # style check
+        # Its AlexNet, to which the recipe torchvision is compared. Each version needs one version of torch: the
+        # set-up takes the one for the torch that is installed, or goes on without it.
+        "torchvision>=0.26,<0.30",
         # Interprets the GPU kernels on a CPU. (CUDA's torch brings its own.)
         "triton>=3.5; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],

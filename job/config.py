@@ -28,6 +28,9 @@ def setting(default: Any, help: str) -> Any:
 class Model:
     """Settings of the network: `--model.*`."""
 
+    layout: Literal["alexnet", "torchvision"] = setting(
+        "alexnet", "sizes of the layers: the article's, with two groups; torchvision: those of its models.alexnet"
+    )
     lrn: Literal["after-pool", "before-pool", "none"] = setting("after-pool", "place of local response normalisation")
     dropout: float = setting(0.5, "probability with which fc6 and fc7 outputs are dropped")
     width: float = setting(1.0, "factor on the channels of every hidden layer")
@@ -45,6 +48,7 @@ class Optim:
     momentum: float = setting(0.9, "momentum of SGD")
     weight_decay: float = setting(5e-4, "weight decay on weights; biases and batch normalisation have none")
     bias_lr: float = setting(2.0, "factor on the learning rate for biases and batch normalisation")
+    new_lr: float = setting(1.0, "factor on the learning rate of fc8, which is often new after --init")
     schedule: Literal["step", "cosine", "poly", "constant"] = setting("step", "how the learning rate falls")
     step_epochs: int = setting(20, "schedule step: epochs between two drops")
     step_factor: float = setting(0.1, "schedule step: factor of one drop")
@@ -93,10 +97,19 @@ class Config:
     wire: Literal["fp32", "fp16"] = setting(
         "fp32", "parallel gradients: type in which gradients travel; fp16 halves the bytes and rounds them"
     )
+    init: str = setting(
+        "",
+        "file whose weights a new run begins with: a run directory or checkpoint of job.train, its safetensors export, "
+        "or torchvision's AlexNet; fc8 begins anew where the classes differ; see resume",
+    )
+    freeze: Literal["none", "conv"] = setting(
+        "none", "conv: conv1 to conv5 keep their weights, and batch normalisation its statistics; fc6 to fc8 learn"
+    )
     resume: str = setting(
         "auto",
-        "auto: newest good checkpoint of the run directory; none: start anew; or a file to start from; none and a file "
-        "only while the run directory has no checkpoint",
+        "auto: newest good checkpoint of the run directory; none: start anew; or a checkpoint to go on from, with its "
+        "step, momentum and order of samples (--init takes weights only); none and a file, like --init, count only "
+        "while the run directory has no checkpoint",
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU for each rank where there is one")
     precision: Literal["fp32", "tf32", "bf16"] = setting(
@@ -139,7 +152,7 @@ ONLY_WITH = {
 # change, too, except with SCHEDULES_TO_THE_END. Device and kernels decide how sums are rounded and which units dropout
 # drops: when they change, that is reported.
 MAY_CHANGE = frozenset(
-    "recipe data out max-steps workers resume device checkpoint-every checkpoint-keep eval-every commit-every "
+    "recipe data out max-steps workers init resume device checkpoint-every checkpoint-keep eval-every commit-every "
     "log-every kernels timeline profile metrics.textfile data.max-bad-fraction".split()
 )
 
@@ -317,6 +330,7 @@ def check(config: Config) -> None:
         ("model.width", 0 < config.model.width <= 16, "above 0, up to 16"),
         ("model.classes", config.model.classes >= 0, "0 or more"),
         ("optim.lr", 0 <= config.optim.lr < float("inf"), "0 or more"),
+        ("optim.new-lr", 0 < config.optim.new_lr < float("inf"), "above 0"),
         ("optim.lars-trust", 0 < config.optim.lars_trust < float("inf"), "above 0"),
         ("optim.momentum", 0 <= config.optim.momentum < 1, "from 0 to below 1"),
         ("optim.weight-decay", 0 <= config.optim.weight_decay < float("inf"), "0 or more"),
@@ -330,6 +344,16 @@ def check(config: Config) -> None:
     for name, good, wanted in limits:
         if not good:
             raise InputError(f"--{name} is {to_flat(config)[name]}; it must be {wanted}")
+    if config.init and config.resume not in ("auto", "none"):
+        raise InputError(
+            "--init and --resume FILE both say what a run begins with; give --init to begin at step 0 with the weights "
+            "of a file, or --resume to go on with its step and momentum"
+        )
+    if config.model.layout == "torchvision" and (config.model.lrn != "none" or config.model.batch_norm):
+        raise InputError(
+            "--model.layout torchvision has no LRN and no batch normalisation; add --model.lrn none "
+            "--model.batch-norm false, or use --recipe torchvision"
+        )
     if config.parallel == "hybrid" and config.optim.kind == "lars":
         raise InputError(
             "LARS needs the norm of a whole layer, and with --parallel hybrid no rank has one; use gradients"

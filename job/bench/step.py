@@ -30,7 +30,7 @@ def measure(arguments: argparse.Namespace) -> dict | None:
         InputError: a value that no measurement can have, or no GPU where one is wanted.
     """
     settings = read_settings(arguments)
-    agreed = agree.agree(vars(arguments))
+    agreed = agree.agree({**config.to_flat(settings), **vars(arguments)})
     device, kernels = agreed.device, agreed.kernels
     steps = {"alone": make_step(settings, arguments.batch, kernels, False, device)}
     if arguments.subject == "train" and hvd.size() > 1:

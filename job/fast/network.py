@@ -11,6 +11,9 @@ README.md beside it:
 - the whole step in two CUDA graphs: the gradients of fc6 to fc8 can be on the wire while the second runs.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,7 @@ from job.fast.batchnorm import BatchNorm, apply_slopes
 from job.fast.operations import (
     SQUARE_TILE,
     as_rows,
+    blocks_of,
     channels_last,
     convolution,
     convolution_backward,
@@ -53,13 +57,19 @@ def unsupported(device: torch.device) -> str:
     return triton_lacks()
 
 
-def blocks_of(image_size: int) -> int:
-    """Number of 4 x 4 blocks along each side of conv1's input: 57 for an image of 227 pixels."""
-    return (image_size - 11) // 4 + 3
+def lacks(settings: Mapping[str, Any]) -> str:
+    """Why the fast path has no kernels for these settings, by option name, or an empty string."""
+    if settings.get("parallel") == "hybrid":
+        return "--parallel hybrid has none"
+    if settings.get("model.layout", "alexnet") != "alexnet":
+        return f"--model.layout {settings['model.layout']} has none"
+    if settings.get("freeze") == "conv" and settings.get("model.batch-norm"):
+        return "--freeze conv has none with batch normalisation"
+    return ""
 
 
 class Network:
-    """Forward and backward pass of one network on batches of one size.
+    """Forward and backward pass of one network, of settings that it `lacks` nothing for, on batches of one size.
 
     `job.network.sgd.FusedSGD` keeps `copies` up to date. After any other change of the parameters, call its `refresh`.
 
@@ -75,6 +85,7 @@ class Network:
         loss: float32 scalar, the mean over the batch, after `head`.
         copies: parameter -> its copy in `dtype`, for fc6 to fc8; empty in float32.
         head_gradients, tail_gradients: float32, 1-D: the memory that holds all gradients made by `head`, and by `tail`.
+        frozen: the convolutions learn nothing; `tail` has nothing to do.
     """
 
     def __init__(self, model: AlexNet, batch: int, dtype: torch.dtype, graphs: bool = True):
@@ -86,9 +97,10 @@ class Network:
         self.labels = torch.zeros(batch, device=device, dtype=torch.int64)
         self.seed = torch.zeros(1, device=device, dtype=torch.int64)
         head = [p for name in ("fc8", "fc7", "fc6") for p in getattr(model, name).parameters()]
-        own = set(map(id, head))
+        own, self.frozen = set(map(id, head)), model.frozen
         self.head_gradients = _one_gradient(head)
-        self.tail_gradients = _one_gradient([p for p in reversed(list(model.parameters())) if id(p) not in own])
+        rest = [p for p in reversed(list(model.parameters())) if id(p) not in own]
+        self.tail_gradients = self.head_gradients[:0] if self.frozen else _one_gradient(rest)
         self.copies: dict[torch.nn.Parameter, Tensor] = {}
         if dtype != torch.float32:
             for parameter in (model.fc6.weight, model.fc7.weight, model.fc8.weight):
@@ -136,10 +148,10 @@ class Network:
             self._head()
 
     def tail(self) -> None:
-        """Gradients of the convolutions."""
-        if self._graphs:
+        """Gradients of the convolutions, unless they are frozen."""
+        if self._graphs and not self.frozen:
             self._graphs[1].replay()
-        else:
+        elif not self.frozen:
             self._tail()
 
     def _record(self) -> None:
@@ -150,15 +162,17 @@ class Network:
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles kernels, lets cuDNN choose
                 self._head()
-                self._tail()
+                if not self.frozen:
+                    self._tail()
         torch.cuda.current_stream(self.images.device).wait_stream(stream)
         torch.cuda.synchronize(self.images.device)
         head, tail = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # thread_local: Horovod's thread may use CUDA meanwhile.
         with torch.cuda.graph(head, capture_error_mode="thread_local"):
             self._head()
-        with torch.cuda.graph(tail, pool=head.pool(), capture_error_mode="thread_local"):
-            self._tail()
+        if not self.frozen:
+            with torch.cuda.graph(tail, pool=head.pool(), capture_error_mode="thread_local"):
+                self._tail()
         self._graphs = head, tail
         for buffer, value in before:  # undo what the warm-up did to running statistics
             buffer.copy_(value)
@@ -211,7 +225,8 @@ class Network:
         d6 = torch.mm(d7, w7)
         self._relu_backward([d6], [h6], d6, model.fc6.bias.grad, dropped=True)
         weight_gradient(d6, features, model.fc6.weight.grad)
-        self._d_features = torch.mm(d6, w6)
+        if not self.frozen:
+            self._d_features = torch.mm(d6, w6)
 
     @torch.no_grad()
     def _tail(self) -> None:

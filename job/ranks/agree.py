@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 # Settings that may differ between ranks: where a rank finds its files, and what only rank 0 uses.
 LOCAL = frozenset(
-    "data out recipe workers resume profile model.classes checkpoint checkpoint-keep metrics.textfile json".split()
+    "data out recipe workers init resume profile model.classes checkpoint checkpoint-keep metrics.textfile json".split()
 )
 
 Report = dict[str, Any]  # as `_report` makes it. Plain types: another version of this code must be able to read it
@@ -58,7 +58,7 @@ def agree(settings: dict[str, Any], open_data: Callable[[], tuple[Any, dict[str,
     found, report = _report(settings, open_data)
     reports = hvd.allgather_object(report, name="agree")
     gpus = check(reports, settings.get("device", "auto"))
-    kernels = choose_kernels(reports, gpus, settings.get("kernels", "plain"), settings.get("parallel", "gradients"))
+    kernels = choose_kernels(reports, gpus, settings)
     if hvd.rank() == 0:
         for warning in warnings(reports, gpus, settings):
             log.warning("%s", warning)
@@ -211,20 +211,21 @@ def assign_gpus(reports: list[Report], wanted: str) -> list[int | None]:
     )
 
 
-def choose_kernels(reports: list[Report], gpus: list[int | None], wanted: str, parallel: str) -> str:
+def choose_kernels(reports: list[Report], gpus: list[int | None], settings: dict[str, Any]) -> str:
     """`fast` where all ranks can run the fast kernels, else `plain`. Raises InputError: some rank cannot, and must."""
-    reason = "" if wanted == "plain" else why_plain(reports, gpus, parallel)
+    wanted = settings.get("kernels", "plain")
+    reason = "" if wanted == "plain" else why_plain(reports, gpus, settings)
     if wanted == "fast" and reason:
         raise InputError(f"--kernels fast: {reason}; use --kernels plain")
     return "plain" if reason or wanted == "plain" else "fast"
 
 
-def why_plain(reports: list[Report], gpus: list[int | None], parallel: str) -> str:
+def why_plain(reports: list[Report], gpus: list[int | None], settings: dict[str, Any]) -> str:
     """Why not all ranks can run the fast kernels; "": they can."""
     if gpus[0] is None:
         return "they need a CUDA GPU"
-    if parallel == "hybrid":
-        return "--parallel hybrid has none"
+    if reason := fast.lacks(settings):
+        return reason
     plain = [rank for rank, index in enumerate(gpus) if reports[rank]["gpus"][index]["plain"]]
     if not plain:
         return ""
@@ -234,7 +235,7 @@ def why_plain(reports: list[Report], gpus: list[int | None], parallel: str) -> s
 def warnings(reports: list[Report], gpus: list[int | None], settings: dict[str, Any]) -> Iterable[str]:
     """The warnings of rank 0: results are right, but training is slower than it could be."""
     if gpus[0] is not None:
-        if settings.get("kernels") == "auto" and (reason := why_plain(reports, gpus, settings["parallel"])):
+        if settings.get("kernels") == "auto" and (reason := why_plain(reports, gpus, settings)):
             yield f"all ranks use the plain kernels, at about a third of the speed: {reason}"
         names = [report["gpus"][index]["name"] for report, index in zip(reports, gpus, strict=True)]
         yield from _unlike(reports, names, "have different GPUs", "all wait for the slowest")

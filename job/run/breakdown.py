@@ -88,10 +88,12 @@ def gradients(config: Config) -> list[dict[str, Any]]:
     """
     with torch.device("meta"):
         model = build(config).eval()  # batch normalisation refuses to learn from a single image
+        if config.freeze == "conv":
+            model.freeze_features()
         image = torch.empty(1, 3, config.image_size, config.image_size)
         with FlopCounterMode(display=False) as counter:
             model(image)
-    layers = list(model.named_children())
+    layers = [(name, layer) for name, layer in model.named_children() if name.startswith("fc") or not model.frozen]
     work = {name: sum(counter.get_flop_counts().get(f"AlexNet.{name}", {}).values()) for name, _ in layers}
     work = {name: 2 * flops if name != layers[0][0] else flops for name, flops in work.items()}
     total, done, found = sum(work.values()), 0, []

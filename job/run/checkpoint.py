@@ -52,6 +52,8 @@ class RunState:
     owed: bool = False  # the run was stopped before a validation that was due: resume with it
     wall_seconds: float = 0.0  # over all starts of the run
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    # `init` as given, `file` and `sha256` of the weights that the run began with; empty: initial ones.
+    init: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def summary(self) -> "RunState":
         """The same without tensors and lists: what every rank needs to know about the start."""

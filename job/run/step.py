@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from job.batches.device import prepare
-from job.config import Config
+from job.config import Config, to_flat
 from job.fast import network as fast
 from job.network.alexnet import AlexNet, build
 from job.network.sgd import LARS, FusedSGD, MomentumSGD, parameter_groups
@@ -54,6 +54,8 @@ class Step:
         # Hybrid ranks compute parts of one network, so they draw the same numbers.
         self._drawing = 0 if config.parallel == "hybrid" else hvd.rank()
         self.model = build(config).to(device).train()
+        if config.freeze == "conv":
+            self.model.freeze_features()
         optimizer = _make_optimizer(config, self.model, kernels)
         self._strategy = _make_strategy(config, self.model, optimizer, kernels) if together else Strategy(optimizer)
         self._optimizer = self._strategy.optimizer
@@ -102,14 +104,21 @@ class Step:
         self._strategy.make_equal()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors themselves, no copies: `model`, weights by name, and `velocity`, the optimizer's by parameter."""
+        """The tensors themselves, no copies: `model`, weights by name, and `velocity`, the optimizer's by parameter.
+
+        A frozen parameter has no velocity.
+        """
         return {"model": self.model.state_dict(), "velocity": dict(self._velocities())}
 
     @torch.no_grad()
     def load(self, model: dict[str, Tensor], velocity: dict[str, Tensor]) -> None:
-        """Copy a state into this rank's tensors. `share` gives it to the other ranks."""
+        """Copy a state into this rank's tensors. `share` gives it to the other ranks.
+
+        Args:
+            velocity: empty at the start of a run, where all are zero.
+        """
         self.model.load_state_dict(model)
-        for name, own in self._velocities():
+        for name, own in self._velocities() if velocity else ():
             own.copy_(velocity[name])
 
     def share(self) -> None:
@@ -119,7 +128,7 @@ class Step:
         self._optimizer.refresh()
 
     def _velocities(self) -> list[tuple[str, Tensor]]:
-        return [(name, self._optimizer.velocity(p)) for name, p in self.model.named_parameters()]
+        return [(name, self._optimizer.velocity(p)) for name, p in self.model.named_parameters() if p.requires_grad]
 
 
 def _make_optimizer(config: Config, model: AlexNet, kernels: str) -> MomentumSGD:
@@ -184,9 +193,13 @@ class HybridPass(PlainPass):
         rows, drop = self._strategy.rows, self._model.dropout
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bf16"):
             x = GatherRows.apply(self._model.features(images), "features")  # (B, 9216): rank 0's images, rank 1's, ...
+            if "features" in self._model.dropped:
+                x = x * self._kept(random, *x.shape, drop)
             for name in ("fc6", "fc7"):
                 x = F.relu(F.linear(x, rows[f"{name}.weight"], rows[f"{name}.bias"]))  # (B, 4096 / ranks)
-                x = x * self._kept(random, len(x), getattr(self._model, name).out_features, drop)
+                if name in self._model.dropped:
+                    units = getattr(self._model, name).out_features
+                    x = x * self._part(self._kept(random, len(x), units, drop))
                 x = GatherColumns.apply(x, name, False)
             scores = F.linear(x, rows["fc8.weight"], rows["fc8.bias"])
             scores = GatherColumns.apply(scores, "fc8", True)  # (B, classes)
@@ -195,23 +208,24 @@ class HybridPass(PlainPass):
         return loss
 
     def _kept(self, random: torch.Generator, images: int, units: int, drop: float) -> Tensor | float:
-        """Dropout's factors for this rank's units, (B, units / ranks).
-
-        They are drawn for all units and images in the order of the global batch: the same on any number of ranks.
-        """
+        """Dropout's factors, (B, units), drawn in the order of the global batch: the same on any number of ranks."""
         if not drop:
             return 1.0
         ranks = hvd.size()
         kept = torch.rand(images // ranks, ranks, units, generator=random, device=self._device) >= drop
         # Image i of rank r is number i * ranks + r of the global batch; here rank 0's come first.
-        kept = kept.transpose(0, 1).reshape(images, units)
-        return kept[:, part(units, hvd.rank(), ranks)] / (1 - drop)
+        return kept.transpose(0, 1).reshape(images, units) / (1 - drop)
+
+    def _part(self, kept: Tensor | float) -> Tensor | float:
+        """Those of this rank's units, (B, units / ranks)."""
+        return kept if isinstance(kept, float) else kept[:, part(kept.shape[1], hvd.rank(), hvd.size())]
 
 
 class FastPass:
     """`PlainPass` with the kernels of job.fast, for `images` images per step."""
 
     def __init__(self, config: Config, model: AlexNet, strategy: Strategy, mean: Tensor | None, images: int):
+        assert not fast.lacks(to_flat(config)), "job.ranks.agree chooses the plain kernels for these settings"
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self._network = fast.Network(model, images, dtype)
         self._strategy, self._mean = strategy, mean
@@ -230,6 +244,9 @@ class FastPass:
         network.labels.copy_(labels)
         network.seed.fill_(seed)
         network.head()
+        if network.frozen:
+            self._strategy.reduce(network.head_gradients)
+            return network.loss
         self._head_done.record()
         network.tail()
         self._strategy.reduce(network.head_gradients, self._head_done)
