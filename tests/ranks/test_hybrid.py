@@ -52,8 +52,11 @@ def test_losses_and_weights_are_those_of_gradients(demo_data, tmp_path, ranks, g
 
 
 @pytest.mark.long
-def test_dropout_is_the_same_on_any_number_of_ranks_and_a_run_goes_on_with_others(demo_data, tmp_path):
-    options = ["--parallel", "hybrid", "--model.dropout", "0.5"]
+@pytest.mark.parametrize(
+    "network", [(), ("--model.layout", "torchvision", "--model.lrn", "none", "--optim.new-lr", "3")]
+)
+def test_dropout_is_the_same_on_any_number_of_ranks_and_a_run_goes_on_with_others(demo_data, tmp_path, network):
+    options = ["--parallel", "hybrid", "--model.dropout", "0.5", *network]
     train(0, demo_data, tmp_path / "one", *options)
     train(3, demo_data, tmp_path / "three", *options)
     assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), rel=2e-5)

@@ -19,8 +19,8 @@ def one_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", object)
 
 
-def make(parallel, kernels="plain", seed=1):
-    options = ["--parallel", parallel, "--precision", "bf16", "--model.dropout", "0.5", "--seed", str(seed)]
+def make(parallel, kernels="plain", seed=1, more=()):
+    options = ["--parallel", parallel, "--precision", "bf16", "--model.dropout", "0.5", "--seed", str(seed), *more]
     return Step(config.parse([*SMALL, *options], "job.train", ""), torch.device("cpu"), kernels, images=4)
 
 
@@ -73,6 +73,24 @@ def test_a_state_fits_every_strategy_and_pass(parallel, kernels):
     if parallel == "hybrid":
         rows = step._strategy.rows
         assert len(rows) == 6 and all(torch.equal(own, source.state()["model"][name]) for name, own in rows.items())
+
+
+NORMALISED = ("--model.lrn", "none", "--model.batch-norm", "true")
+COLUMN = ("--model.layout", "torchvision", "--model.lrn", "none")
+
+
+@pytest.mark.parametrize("network", [(), NORMALISED, COLUMN])
+@pytest.mark.parametrize("parallel", ["gradients", "weights", "hybrid"])
+def test_frozen_convolutions_have_no_gradient_no_velocity_and_keep_every_bit(parallel, network):
+    step = make(parallel, more=("--freeze", "conv", "--optim.weight-decay", "0.1", *network))
+    before = copied(step.state())
+    train(step, range(3))
+    step.make_equal()
+    after = step.state()
+    for name, tensor in after["model"].items():
+        assert torch.equal(tensor, before["model"][name]) == (not name.startswith("fc")), name
+    assert all(name.startswith("fc") for name in after["velocity"]) and len(after["velocity"]) == 6
+    assert all(p.grad is None for name, p in step.model.named_parameters() if not name.startswith("fc"))
 
 
 def test_sections_of_a_step_are_marked_in_their_order():
