@@ -32,7 +32,9 @@ class Model:
         "alexnet", "sizes of the layers: the article's, with two groups; torchvision: those of its models.alexnet"
     )
     lrn: Literal["after-pool", "before-pool", "none"] = setting("after-pool", "place of local response normalisation")
-    dropout: float = setting(0.5, "probability with which fc6 and fc7 outputs are dropped")
+    dropout: float = setting(
+        0.5, "probability with which the outputs of fc6 and fc7 are dropped; layout torchvision: their inputs"
+    )
     width: float = setting(1.0, "factor on the channels of every hidden layer")
     batch_norm: bool = setting(False, "batch normalisation of the convolutions' outputs and of the last pool's")
     classes: int = setting(0, "number of classes; 0: as many as the shards name")
