@@ -7,6 +7,7 @@ taken over. Only tensors and plain values are read, so that a file from elsewher
 
 import dataclasses
 import json
+import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,7 +60,10 @@ def read_weights(path: str) -> Weights:
     except InputError:
         raise
     except Exception as error:  # torch.load and safetensors raise errors of many kinds on damaged files
-        reason = short(str(error).strip().split("\n")[0], 200)
+        # Torch's own text advises to run the code in such a file.
+        unsafe = isinstance(error, pickle.UnpicklingError)
+        reason = "it is damaged, or holds more than tensors and plain values" if unsafe else str(error).strip()
+        reason = short(reason.split("\n")[0], 200)
         raise InputError(f"{path} cannot be read as weights: {reason}; --init takes {ACCEPTED}") from None
     if broken:
         raise InputError(f"{path} holds weights that are not finite, in {few(broken)}; give another file")

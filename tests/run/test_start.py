@@ -104,7 +104,7 @@ class Attack:
         (b"", "cannot be read as weights"),
         (b"The weights are elsewhere.\n", "cannot be read as weights"),
         (b"\xff" * 8 + b"{" + b"x" * 90, "cannot be read as weights"),  # a safetensors header of 2^64 bytes
-        (pickle.dumps(Attack()), "cannot be read as weights"),
+        (pickle.dumps(Attack(), 2), "it is damaged, or holds more than tensors"),
         ([1, 2], "holds a list, no weights"),
         ({}, "is of another network"),
         ({"layer1.0.weight": torch.ones(2)}, "is of another network: it has layer1.0.weight"),
