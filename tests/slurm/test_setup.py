@@ -677,3 +677,21 @@ def test_doctor_finds_what_is_slow(demo_data, monkeypatch, tmp_path):
     assert doctor.check_data(gone, rate).status == "wrong"
     monkeypatch.setenv("OMP_NUM_THREADS", "512")
     assert statuses(doctor.check_cores())["threads"] == "slow"
+
+
+def test_a_torch_that_no_torchvision_is_made_for_ends_no_set_up(monkeypatch, capsys):
+    """Torchvision is for a test only, and each version of it wants one version of torch, which must stay."""
+    asked = []
+
+    def pip(*arguments, what):
+        constraint = open(arguments[2]).read()
+        asked.append((constraint, arguments[3:]))
+        raise shell.Failed("ResolutionImpossible")
+
+    monkeypatch.setattr(packages, "pip", pip)
+    monkeypatch.setattr(packages, "installed", lambda name: not name.startswith("torchvision"))
+    monkeypatch.setattr(packages, "project_installed", lambda: True)
+    packages.step_packages(["test"], packages.Torch("2.13.0", "", True, ()))
+    version = packages.distribution("torch")
+    assert asked == [(f"torch=={version}\n", tuple(n for n in packages.SETUP["EXTRAS"]["test"] if "torchvision" in n))]
+    assert "a test is skipped without it (ResolutionImpossible)" in capsys.readouterr().out
