@@ -14,12 +14,15 @@ from shards.errors import InputError
 from shards.format.split import Split
 
 
-def centre_input(mean: Tensor, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def centre_input(mean: Tensor | None, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """For job.batches.device.to_device: the network's input of uint8 centre crops.
 
     Args:
-        mean: float32 (3, S, S), of the centre crop: the mean image that the network was trained with.
+        mean: float32 (3, S, S), of the centre crop: the mean image that the network was trained with. None: the uint8
+            images themselves, as a copy, since on CUDA the next batch comes into the same memory.
     """
+    if mean is None:
+        return lambda images, offsets, mirror: images.clone()
     mean = mean.permute(1, 2, 0).contiguous().to(device)  # (S, S, 3)
     # The crop's place in the stored image does not matter: the mean is that of the crop.
     return lambda images, offsets, mirror: prepare(images, torch.zeros_like(offsets), mirror, mean)

@@ -41,7 +41,7 @@ class TrainedNetwork(nn.Module):
     Attributes:
         path: the checkpoint.
         step: steps of training.
-        top1: accuracy of the best validation of its run, a fraction; None: there was none.
+        best_top1: accuracy of the best validation of its run up to this step, a fraction; None: there was none.
         classes: names of the classes by label; of the same length as the scores.
         image_size: side S of the images that the network takes, in pixels.
         settings: of the training run, by option name.
@@ -52,7 +52,7 @@ class TrainedNetwork(nn.Module):
     def __init__(self, path: str, state: checkpoint.RunState):
         super().__init__()
         self.path, self.step, self.settings = path, state.step, state.config
-        self.top1 = state.best if state.best >= 0 else None
+        self.best_top1 = state.best if state.best >= 0 else None
         self.network = checkpoint.network(state, path)
         self.classes = [class_name(state.classes, label) for label in range(self.network.fc8.out_features)]
         self.image_size = state.mean.shape[1]

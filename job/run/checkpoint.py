@@ -162,7 +162,7 @@ def load_named(path: str, which: str = "best") -> tuple[str, RunState]:
         InputError: the run directory has no such checkpoint, or the file cannot be used.
     """
     if not os.path.isdir(path):
-        if which not in ("best", "newest"):
+        if which != "best":
             raise InputError(f"{path} is not a run directory; give either a checkpoint file or --checkpoint {which}")
         return path, load(path)
     folder = os.path.join(path, "checkpoints")

@@ -31,14 +31,13 @@ def validate(
 ) -> dict[str, float] | None:
     """Accuracy of `model` on all samples of the ranks' loaders together.
 
-    Every rank calls it with its own part. One sum over the ranks at the end gives all of them the same figures.
+    Every rank calls it with its own part. One sum over the ranks gives all of them the same figures.
 
     Args:
-        mean: float32 (3, S, S), subtracted from the centre crop: the mean image that the network was trained with.
-            None: the model takes the loader's uint8 images as they are.
+        mean: float32 (3, S, S), of the centre crop: that of training. None: the model takes the loader's uint8 images.
         give_up: asked before each batch whether to end without a result.
         relabel: int64, the network's label for each label of the split; None: they are the same.
-        observe: called with each batch, its scores (float32) and the network's labels.
+        observe: is given each batch, its scores (float32) and the network's labels.
 
     Returns: top1 and top5 (fractions), loss (mean cross-entropy in nats), samples. None, on all ranks, when `give_up`
         became true on one of them before its last batch.
@@ -49,8 +48,7 @@ def validate(
     # Right in 1, right in 5, loss, samples, bad ones, ranks that gave up.
     sums = torch.zeros(6, dtype=torch.float64, device=device)
     shown = Progress(loader.split.nsamples, what="validation")  # rank 0 counts for all: they have equal shares
-    # A copy: on CUDA the images lie in a buffer that the next batch is written to.
-    to_input = (lambda images, *_: images.clone()) if mean is None else centre_input(mean, device)
+    to_input = centre_input(mean, device)
     was_training = model.training
     model.eval()
     try:
