@@ -1,8 +1,8 @@
 """Classes of images by a trained network: `python -m job.predict RUN IMAGE...`.
 
 In: a run directory or a checkpoint; images as files, folders, tars, folders of shards, or - for standard input. Out: a
-line per image, or a JSON object per image with --json. Images are prepared as in validation, so that the file from which
-a shard was packed gets the class that job.evaluate finds.
+line per image, or a JSON object per image with --json. Images are prepared as in validation, so that the file that a
+sample was packed from gets the class that job.evaluate finds.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def predict(options: argparse.Namespace) -> None:
 
     named = inputs(options.images)
     network = load_network(options.run, options.checkpoint, options.device)
-    reached = "" if network.top1 is None else f", top-1 {network.top1:.2%} in validation"
+    reached = "" if network.best_top1 is None else f", best top-1 in validation {network.best_top1:.2%}"
     print(f"network: {network.path}, step {network.step}{reached}", file=sys.stderr, flush=True)
     good = bad = 0
     for batch in batched(named):

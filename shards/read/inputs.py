@@ -1,6 +1,6 @@
 """The images that a user names on a command line: files, folders, tars, folders of shards, standard input.
 
-In: paths. Out: one `Input` per image in a fixed order: paths as given, folders sorted, shards in the order of the index.
+In: paths. Out: one `Input` per image in a fixed order: paths as given, folders sorted, shards as in their index.
 """
 
 import dataclasses
