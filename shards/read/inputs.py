@@ -47,7 +47,7 @@ def _part(path: str) -> Iterator[Input]:
     if path == STANDARD_INPUT:
         return iter([_standard_input()])
     if os.path.isdir(path):
-        if splits := _splits(path):
+        if splits := split_names(path):
             return (image for split in splits for image in _of_split(path, split))
         found = list(_files(path))
         if not found:
@@ -61,7 +61,7 @@ def _part(path: str) -> Iterator[Input]:
         refuse_foreign(path)
         return _of_tar(path)
     folder, name = os.path.split(path)
-    if name.endswith(".json") and name.removesuffix(".json") in _splits(folder or "."):
+    if name.endswith(".json") and name.removesuffix(".json") in split_names(folder or "."):
         return _of_split(folder or ".", name.removesuffix(".json"))
     return map(_file, [path])
 
@@ -73,7 +73,7 @@ def _standard_input() -> Input:
         return Input("standard input", problem=f"cannot be read: {error.strerror}")
 
 
-def _splits(folder: str) -> list[str]:
+def split_names(folder: str) -> list[str]:
     """Names of the splits whose index lies in a folder."""
     found = []
     for name in sorted(os.listdir(folder)):

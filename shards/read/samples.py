@@ -91,12 +91,16 @@ class Samples(Sequence):
 
     def image(self, number: int) -> np.ndarray:
         """Pixels of a sample, uint8 (H, W, 3). Raises as indexing does."""
-        shard, inside = self.place(number)
         try:
-            return pixels(self.split, bytes(self._reader.read(shard, inside)))
+            return pixels(self.split, self.data(number))
         except (DamagedSample, BadImage) as error:
+            shard, inside = self.place(number)
             where = f"sample {inside} of {self.split.path(self.split.shards[shard].url)}"
             raise BadImage(f"{where}: {error}") from None
+
+    def data(self, number: int) -> bytes:
+        """The image member of a sample as it is in the tar. Raises DamagedSample or InputError, as ShardReader.read."""
+        return bytes(self._reader.read(*self.place(number)))
 
     def close(self) -> None:
         """Close the shards; a later access opens them again."""
