@@ -64,13 +64,13 @@ def evaluate(options: argparse.Namespace) -> None:
     import horovod.torch as hvd
 
     from job import config
-    from job.batches.data import match_size, split_facts
+    from job.batches.data import match_classes, match_size, split_facts
     from job.inference.outcomes import Outcomes
     from job.inference.scores import check_ten_crops
     from job.network.precision import set_precision
     from job.ranks.agree import agree
     from job.run import checkpoint
-    from job.run.validation import match_classes, validate
+    from job.run.validation import validate
     from shards.format.split import load_split
 
     def open_data():

@@ -24,22 +24,23 @@ class Answers:
     def __init__(self, table: np.ndarray, samples: Samples, classes: Sequence[str], size: int):
         self.table, self.samples, self.classes, self.size = table, samples, classes, size
 
-    def tile(self, row: np.void) -> Tile:
-        """The centre crop of an image, its class, and what it was taken for."""
+    def tile(self, row: np.void, in_pair: bool) -> Tile:
+        """The centre crop of an image, its class, and what it was taken for (`in_pair`: the title says both)."""
         name, guess = (class_name(self.classes, int(row[key])) for key in ("label", "predicted"))
         image = self.samples.image(int(row["sample"]))
         if min(image.shape[:2]) >= self.size:
             image = crop_centre(image, self.size)
         sure = f"{row['probability']:.0%} sure"
         answer = sure if row["top1"] else f"taken for {guess}, {sure}"
-        return Tile(photograph(np.ascontiguousarray(image), f"an image of the class {name}"), [name, answer])
+        lines = ["", sure] if in_pair else [name, answer]
+        return Tile(photograph(np.ascontiguousarray(image), f"{name}, {answer}"), lines)
 
-    def tiles(self, rows: np.ndarray) -> list[Tile]:
+    def tiles(self, rows: np.ndarray, in_pair: bool = False) -> list[Tile]:
         """Tiles of rows whose image can be read."""
         made = []
         for row in rows:
             try:
-                made.append(self.tile(row))
+                made.append(self.tile(row, in_pair))
             except BadImage:
                 continue
         return made
@@ -107,7 +108,9 @@ def confusions(about: Answers) -> list[Section]:
         of = int((table["label"] == label).sum())
         examples = table[(table["label"] == label) & (table["predicted"] == guess)][:EXAMPLES]
         title = f"{name}, taken for {other}"
-        galleries.append(Gallery(about.tiles(examples), title, f"{count:,} images, {count / of:.1%} of the class"))
+        galleries.append(
+            Gallery(about.tiles(examples, in_pair=True), title, f"{count:,} images, {count / of:.1%} of the class")
+        )
     text = "The pairs of classes that are confused most often, and the first images of each in the order of the shards."
     return [Section("What it confuses", [text], galleries=galleries, pairs=True)]
 

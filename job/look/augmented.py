@@ -24,6 +24,11 @@ class Crop:
     left: int
     mirrored: bool
 
+    @property
+    def place(self) -> str:
+        """Where the crop was taken, and whether it was mirrored."""
+        return f"at {self.top}, {self.left}{', mirrored' if self.mirrored else ''}"
+
 
 def first_crops(split: Split, config: Config, most: int) -> list[Crop]:
     """The first `most` images of the first global batch of a run, in their order over all ranks.

@@ -221,8 +221,10 @@ def crops(splits: Sequence[Samples], notes: list[str]) -> list[Section]:
     tiles = []
     for crop in made:
         name = split.classes[crop.label] if split.classes else str(crop.label)
-        how = f"row {crop.top}, column {crop.left}{', mirrored' if crop.mirrored else ''}"
-        tiles.append(Tile(photograph(crop.image, f"a crop of an image of the class {name}"), [name, how]))
+        tiles.append(Tile(photograph(crop.image, f"a crop of an image of the class {name}"), [name, crop.place]))
     size = settings.image_size
-    text = f"The first images of a run with seed {settings.seed}: crops of {size}x{size} pixels, half of them mirrored."
+    text = (
+        f"The first images of a run with seed {settings.seed}: crops of {size}x{size} pixels, half of them "
+        "mirrored; below each, row and column of its corner in the stored image."
+    )
     return [Section("Crops for training", [text], galleries=[Gallery(tiles)])]

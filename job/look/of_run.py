@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from job import config
+from job.batches.data import match_classes
 from job.batches.device import to_device
 from job.batches.loader import Loader
 from job.inference.outcomes import Outcomes
@@ -22,13 +23,12 @@ from job.look.content import Content, Gallery, Section, Tile
 from job.look.curves import curves
 from job.look.pictures import filters, photograph
 from job.network.precision import set_precision
-from job.run.validation import match_classes
 from shards.errors import InputError
 from shards.format.split import Split, load_split
 from shards.machine.progress import Progress
 from shards.read.samples import Samples
 
-CROPS = 24  # augmented images on the page
+CROPS = 23  # augmented images on the page, which the mean image makes full rows with
 BATCH = 64
 SYNTHETIC = "synthetic"
 
@@ -136,16 +136,16 @@ def augmented(found: Found) -> list[Section]:
     tiles = []
     for crop in crops:
         name = names[crop.label] if names else str(crop.label)
-        how = f"from row {crop.top}, column {crop.left}{', mirrored' if crop.mirrored else ''}"
-        tiles.append(Tile(photograph(crop.image, f"a training image of the class {name}"), [name, how]))
+        tiles.append(Tile(photograph(crop.image, f"a training image of the class {name}"), [name, crop.place]))
     if found.network:
         mean = found.network.mean.permute(1, 2, 0).cpu().numpy().round().clip(0, 255).astype(np.uint8)
-        tiles.append(Tile(photograph(mean, "the mean image"), ["mean image", "subtracted from all"]))
+        tiles.append(Tile(photograph(mean, "the mean image"), ["(mean image)"]))
     size, batch = settings.image_size, settings.global_batch
     what = "all" if len(crops) == batch else f"the first {len(crops)} of {batch:,}"
     text = (
         f"The first step of this run: {what} images over all ranks, cropped to {size}x{size} pixels and mirrored as "
-        "the network got them. It sees them with the mean image subtracted; here it is added back."
+        "the network got them; below each, row and column of its corner in the stored image. The mean image is "
+        "subtracted from what the network sees; here it is added back."
     )
     return [Section("What the network gets", [text], galleries=[Gallery(tiles)])]
 

@@ -3,7 +3,7 @@
 In: a network with its own mean image and classes, and each rank's loader. Out: figures that are the same on all ranks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import horovod.torch as hvd
@@ -15,7 +15,6 @@ from job.batches.device import to_device
 from job.batches.loader import Batch, Loader, too_many_bad
 from job.inference.scores import centre_input, scores_of
 from shards.errors import InputError
-from shards.format.split import Split, load_labels
 from shards.machine.progress import Progress
 
 
@@ -79,29 +78,3 @@ def validate(
         raise InputError(too_many_bad(bad, loader.split, loader.max_bad_fraction))
     top1, top5, loss = (sums[:3] / sums[3]).tolist()
     return {"top1": top1, "top5": top5, "loss": loss, "samples": int(sums[3])}
-
-
-def match_classes(split: Split, known: Sequence[str], classes: int, path: str) -> Tensor | None:
-    """The network's label for each label of `split`, int64, or None where they are the same.
-
-    Args:
-        known: names of the network's classes; empty: not known.
-        classes: outputs of the network.
-
-    Raises:
-        InputError: the split has a class that the network does not know, or more classes than it.
-    """
-    names, known = list(split.classes), list(known)
-    where = f"{split.name} of {split.root}"
-    if names and known and names != known:
-        unknown = next((name for name in names if known.count(name) != 1), None)
-        if unknown is not None:
-            raise InputError(
-                f"{where} has the class {unknown!r}, which is not one of the {len(known)} of {path}; give shards with "
-                "the names of classes that it was trained on, or correct `classes` in the index"
-            )
-        return torch.tensor([known.index(name) for name in names])
-    largest = len(names) or int(load_labels(split).max()) + 1
-    if largest > classes:
-        raise InputError(f"{where} has {largest} classes, the network of {path} has {classes}")
-    return None

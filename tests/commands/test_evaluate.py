@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from job import config, evaluate
-from job.batches.data import check_data
+from job.batches.data import check_data, match_classes
 from job.batches.loader import Loader
 from job.network.alexnet import build
 from job.run.checkpoint import CheckpointWriter, RunState
-from job.run.validation import match_classes, validate
+from job.run.validation import validate
 from shards.errors import InputError
 from shards.format.split import image_member, load_split, read_idx
 from tests.shardmaker import damage, write_split
