@@ -65,7 +65,7 @@ def accuracy(about: Answers) -> Section:
     else:
         half = MOST_BARS // 2
         tables.append(_class_table(ordered[:half], f"The {half} classes with the highest accuracy"))
-        tables.append(_class_table(ordered[-half:], f"The {half} classes with the lowest accuracy"))
+        tables.append(_class_table(ordered[-half:][::-1], f"The {half} classes with the lowest accuracy"))
         figures.append(_spread([record["top1"] for record in records]))
         text.append("python -m job.evaluate --per-class FILE.csv writes all classes into a table.")
     matrix = None

@@ -10,7 +10,7 @@ from job.look.pictures import Picture
 
 MOST_BARS = 40  # classes that get a bar each
 MOST_CELLS = 20  # classes of a matrix of confusions
-NAME_LENGTH = 60  # characters of a class name in a caption
+NAME_LENGTH = 48  # characters of a class name in a caption
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,7 +141,7 @@ def augmented(found: Found) -> list[Section]:
         mean = found.network.mean.permute(1, 2, 0).cpu().numpy().round().clip(0, 255).astype(np.uint8)
         tiles.append(Tile(photograph(mean, "the mean image"), ["(mean image)"]))
     size, batch = settings.image_size, settings.global_batch
-    what = "all" if len(crops) == batch else f"the first {len(crops)} of {batch:,}"
+    what = f"all {batch:,}" if len(crops) == batch else f"the first {len(crops)} of {batch:,}"
     text = (
         f"The first step of this run: {what} images over all ranks, cropped to {size}x{size} pixels and mirrored as "
         "the network got them; below each, row and column of its corner in the stored image. The mean image is "
