@@ -18,7 +18,6 @@ Show what a network gets, learned and confuses, on one HTML page: augmented trai
 filters of conv1, accuracy of each class, confused pairs, most and least certain images. Of a folder of shards: what is
 in its splits."""
 LIMIT = 5000
-PLOTS = ("jinja2", "matplotlib", "PIL", "markupsafe")  # of the extra `plots`
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -46,24 +45,14 @@ def main() -> None:
     """The command."""
     options = parse()
     check_writable(options.out)
-    try:
-        from job.look import page
+    from job.look import page
 
-        if is_run(options.source):
-            from job.look import of_run
-
-            content = of_run.look(options)
-        else:
-            from job.look import of_data
-
-            content = of_data.look(options)
-        data = page.render(content)
-    except ModuleNotFoundError as error:
-        if error.name not in PLOTS:
-            raise
-        raise InputError(
-            f"job.look needs {error.name}: pip install alexnet-horovod[plots], or bash slurm/install.sh"
-        ) from None
+    if is_run(options.source):
+        from job.look.of_run import look
+    else:
+        from job.look.of_data import look
+    content = look(options)
+    data = page.render(content)
     try:
         write_whole(options.out, data)
     except OSError as error:
