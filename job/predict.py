@@ -50,10 +50,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def predict(options: argparse.Namespace) -> None:
     """Print the classes of all images. Raises InputError if none can be used."""
-    from job.inference.trained import load_network
+    from job.inference.trained import load_network, use_given_cores
     from shards.read.inputs import inputs
 
     named = inputs(options.images)
+    use_given_cores()
     network = load_network(options.run, options.checkpoint, options.device)
     reached = "" if network.best_top1 is None else f", best top-1 in validation {network.best_top1:.2%}"
     print(f"network: {network.path}, step {network.step}{reached}", file=sys.stderr, flush=True)

@@ -18,6 +18,7 @@ from job.inference.outcomes import class_name
 from job.network.precision import set_precision
 from job.run import checkpoint
 from shards.errors import InputError
+from shards.machine.cores import cores_given
 from shards.machine.files import read_file
 from shards.read.images import as_rgb, cover, decode, fit_image
 
@@ -138,6 +139,12 @@ def crop_centre(image: np.ndarray, size: int) -> np.ndarray:
     """The centre crop of validation: (H, W, 3) -> (size, size, 3)."""
     top, left = ((side - size) // 2 for side in image.shape[:2])
     return image[top : top + size, left : left + size]
+
+
+def use_given_cores() -> None:
+    """Compute on the cores that Slurm or the control group gives this process: for commands. torch may count more."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores_given(1).count)
 
 
 def choose_device(name: str) -> torch.device:

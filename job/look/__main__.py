@@ -17,7 +17,6 @@ DESCRIPTION = """\
 Show what a network gets, learned and confuses, on one HTML page: augmented training images, learning curves, the
 filters of conv1, accuracy of each class, confused pairs, most and least certain images. Of a folder of shards: what is
 in its splits."""
-LIMIT = 5000
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -30,13 +29,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--limit",
         type=int,
-        default=LIMIT,
         metavar="N",
-        help=f"of a run: look at up to N images of val, evenly spaced; 0: at all [{LIMIT}]",
+        help="of a run: look at up to N images of val, evenly spaced; 0: at all [all on a GPU, 5000 on a CPU]",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args(arguments)
-    if options.limit < 0:
+    if options.limit is not None and options.limit < 0:
         raise InputError("--limit must be 0 or more")
     return options
 

@@ -16,7 +16,7 @@ from job.batches.loader import Loader
 from job.inference.outcomes import Outcomes
 from job.inference.record import Run, load_run
 from job.inference.scores import centre_input, scores_of
-from job.inference.trained import TrainedNetwork, load_network
+from job.inference.trained import TrainedNetwork, load_network, use_given_cores
 from job.look import answers
 from job.look.augmented import first_crops
 from job.look.content import Content, Gallery, Section, Tile
@@ -28,6 +28,7 @@ from shards.format.split import Split, load_split
 from shards.machine.progress import Progress
 from shards.read.samples import Samples
 
+LIMIT = 5000  # validation images on a CPU
 CROPS = 23  # augmented images on the page, which the mean image makes full rows with
 BATCH = 64
 SYNTHETIC = "synthetic"
@@ -46,6 +47,7 @@ class Found:
 
 def look(options: argparse.Namespace) -> Content:
     """The page of a run. Raises InputError for wrong options; what is missing in the run itself becomes a note."""
+    use_given_cores()
     found = find(options)
     sections = [learning(found), *augmented(found), *first_layer(found)]
     table, bad = look_at(found, options.limit) if found.network and found.val else (None, 0)
@@ -80,8 +82,11 @@ def find(options: argparse.Namespace) -> Found:
             raise
         found.notes.append(f"nothing that needs the network: {error}")
     data = options.data or run.settings.get("data", "")
-    if data == SYNTHETIC:
-        found.notes.append("no images: the run was trained on noise (--data synthetic)")
+    if data in (SYNTHETIC, ""):
+        why = (
+            "was trained on noise (--data synthetic)" if data else "has no config.yaml that names its data; give --data"
+        )
+        found.notes.append(f"no images: the run {why}")
         return found
     for split in ("train", "val"):
         try:
@@ -99,7 +104,9 @@ def facts(found: Found, looked: int) -> list[tuple[str, str]]:
     get = run.settings.get
     rows = [("run directory", run.path), ("recipe", str(get("recipe", "not known")))]
     if network:
-        best = "" if network.best_top1 is None else f", best top-1 in validation so far {network.best_top1:.2%}"
+        best = ", the newest: nothing was validated"
+        if network.best_top1 is not None:
+            best = f", best top-1 in validation so far {network.best_top1:.2%}"
         rows.append(("checkpoint", f"{network.path}, step {network.step:,}{best}"))
         weights = sum(p.numel() for p in network.parameters())
         size = network.image_size
@@ -156,7 +163,7 @@ def first_layer(found: Found) -> list[Section]:
         return []
     weight = found.network.network.conv1.weight.detach().float().cpu().numpy()  # (F, 3, K, K)
     count, _, side, _ = weight.shape
-    columns = next(n for n in (16, 12, 8, 6, 4, 2) if count % (2 * n) == 0)
+    columns = next((n for n in (16, 12, 8, 6, 4) if count % (2 * n) == 0), 8)
     grouped = found.network.network.conv2.groups == 2
     halves = (
         f" Filters 1 to {count // 2} feed the first column of the network, the others the second: conv2 has two groups."
@@ -172,13 +179,16 @@ def first_layer(found: Found) -> list[Section]:
     return [Section("What the first layer looks for", [text], wide=picture)]
 
 
-def look_at(found: Found, limit: int) -> tuple[np.ndarray | None, int]:
+def look_at(found: Found, limit: int | None) -> tuple[np.ndarray | None, int]:
     """Rows of `job.inference.outcomes.ROW` of up to `limit` validation images, and the number of unreadable ones.
 
-    Every n-th image of the split is taken, with the smallest n that `limit` allows.
+    Every n-th image of the split is taken, with the smallest n that `limit` allows. 0: all; None: all on a GPU, and
+    LIMIT on a CPU.
     """
     network, split = found.network, found.val
     device = network.mean.device
+    if limit is None:
+        limit = 0 if device.type == "cuda" else LIMIT
     every = -(-split.nsamples // limit) if limit else 1
     outcomes = Outcomes()
     try:
