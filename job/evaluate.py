@@ -54,6 +54,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.batch < 0 or options.workers < -1:
         raise InputError("--batch must be 0 or more and --workers -1 or more")
+    if options.per_class and options.per_class == options.per_sample:
+        raise InputError(f"--per-class and --per-sample both write {options.per_class}; give two files")
     if options.max_bad_fraction is not None and not 0 <= options.max_bad_fraction <= 1:
         raise InputError(f"--data.max-bad-fraction is {options.max_bad_fraction}; it must be from 0 to 1")
     return options

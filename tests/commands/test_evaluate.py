@@ -194,6 +194,8 @@ def test_a_damaged_sample_has_a_problem_and_no_prediction(network, data, tmp_pat
 def test_a_table_that_cannot_be_written_is_refused_at_once(network, data, tmp_path, capfd):
     with pytest.raises(InputError, match=r"cannot write .*no/x.csv"):
         run(network, data, capfd, "--per-class", str(tmp_path / "no" / "x.csv"))
+    with pytest.raises(InputError, match="both write x.csv"):
+        run(network, data, capfd, "--per-class", "x.csv", "--per-sample", "x.csv")
 
 
 def test_ten_crops_need_images_larger_than_the_crop(network, demo_data, data, tmp_path, capfd):
