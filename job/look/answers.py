@@ -9,7 +9,7 @@ import numpy as np
 
 from job.inference.outcomes import class_name, confused, per_class
 from job.inference.trained import crop_centre
-from job.look.content import MOST_BARS, MOST_CELLS, Gallery, Matrix, Section, Table, Tile
+from job.look.content import MOST_BARS, MOST_CELLS, Gallery, Matrix, Section, Table, Tile, caption
 from job.look.pictures import figure, photograph
 from shards.read.images import BadImage
 from shards.read.samples import Samples
@@ -107,7 +107,7 @@ def confusions(about: Answers) -> list[Section]:
         name, other = (class_name(about.classes, number) for number in (label, guess))
         of = int((table["label"] == label).sum())
         examples = table[(table["label"] == label) & (table["predicted"] == guess)][:EXAMPLES]
-        title = f"{name}, taken for {other}"
+        title = f"{caption(name)}, taken for {caption(other)}"
         galleries.append(
             Gallery(about.tiles(examples, in_pair=True), title, f"{count:,} images, {count / of:.1%} of the class")
         )

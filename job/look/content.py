@@ -7,10 +7,16 @@ import dataclasses
 from collections.abc import Sequence
 
 from job.look.pictures import Picture
+from shards.errors import printable, short
 
 MOST_BARS = 40  # classes that get a bar each
 MOST_CELLS = 20  # classes of a matrix of confusions
 NAME_LENGTH = 48  # characters of a class name in a caption
+
+
+def caption(name: str) -> str:
+    """A name, shortened, with escapes for what cannot be printed."""
+    return short(printable(name), NAME_LENGTH)
 
 
 @dataclasses.dataclass(frozen=True)

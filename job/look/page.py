@@ -4,8 +4,7 @@ import os
 
 import jinja2
 
-from job.look.content import NAME_LENGTH, Content
-from shards.errors import printable, short
+from job.look.content import Content, caption
 
 
 def render(content: Content) -> bytes:
@@ -17,5 +16,5 @@ def render(content: Content) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["name"] = lambda text: short(printable(str(text)), NAME_LENGTH)
+    environment.filters["name"] = lambda text: caption(str(text))
     return environment.get_template("page.html.j2").render(vars(content)).encode("utf-8", "backslashreplace")
