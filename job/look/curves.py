@@ -66,7 +66,7 @@ def _draw(
         elif not percent:
             axes.set_ylim(0, None)
         if len(shown) > 1:
-            axes.legend()
+            axes.legend(loc="lower right" if percent else "best")
 
     return figure(paint, alt)
 
