@@ -35,9 +35,9 @@ EXTRAS = {
         "triton>=3.5; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],
     "plots": [
-        "matplotlib>=3.8",  # figures of the scaling report
-        "scipy>=1.12",  # its performance model
-        "jinja2>=3.1",  # its page
+        "matplotlib>=3.8",  # figures of the scaling report and of job.look
+        "scipy>=1.12",  # the performance model
+        "jinja2>=3.1",  # the pages of both
     ],
     "export": [
         "onnx>=1.16",  # the format itself, and its checker
@@ -58,7 +58,7 @@ if __name__ == "__main__":  # slurm/install.sh imports the lists above
         python_requires=PYTHONS,
         packages=find_packages(include=["job*", "shards*"]),
         package_data={
-            "job": ["recipes/*.yaml", "scaling/*.yaml", "scaling/*.csv", "scaling/*.j2", "*.sh"],
+            "job": ["recipes/*.yaml", "scaling/*.yaml", "scaling/*.csv", "scaling/*.j2", "look/*.j2", "*.sh"],
             "shards": ["demo/*", "read/jpeg.c"],
         },
         install_requires=[TORCH_RANGE, *REQUIRES],

@@ -13,8 +13,10 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
+from job.inference.options import add_network
 from shards.command import Parser, run
 from shards.errors import InputError
+from shards.machine.files import check_writable
 
 if TYPE_CHECKING:
     from job.network.alexnet import AlexNet
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
     parser = Parser(prog="python -m job.export", description="Export a trained network for other frameworks.")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint file, or run directory (its newest)")
+    add_network(parser)
     parser.add_argument("--format", required=True, choices=("onnx", "safetensors", "torchvision"))
     parser.add_argument("--out", required=True, metavar="FILE", help="file to write")
     return parser.parse_args(arguments)
@@ -101,12 +103,10 @@ def check_torchvision(state: "RunState", path: str) -> None:
 def main() -> None:
     """The command."""
     options = parse()
-    folder = os.path.dirname(os.path.abspath(options.out))
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write {options.out}: {folder} is not a folder that can be written")
+    check_writable(options.out)
     from job.run import checkpoint
 
-    path, state = checkpoint.load_named(options.checkpoint)
+    path, state = checkpoint.load_named(options.run, options.checkpoint)
     if options.format == "torchvision":
         check_torchvision(state, path)
     size = sum(value.numel() for value in state.model.values())

@@ -16,13 +16,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from job.batches import order
 from job.batches.reader import BAD, Decoder, ReaderConfig, Slots
 from job.batches.workers import Workers, default_workers, worker_cores
 from shards.errors import InputError
 from shards.format.split import Split, load_labels
 from shards.format.tar import BLOCK, refuse_foreign
 from shards.machine.files import check_regular, is_remote
+from shards.read import order
 from shards.read.images import slow_decoder
 
 # Batches that are read ahead of the one that is asked for; and batches that the caller may still be using: the current
@@ -218,6 +218,11 @@ class Loader:
         own = len(range(self._rank, self.split.nsamples, self._world_size))
         return -(-own // self._config.rows)
 
+    def validation_samples(self, number: int) -> np.ndarray:
+        """Numbers in the split of the samples in this rank's batch `number` of a validation: int64 (n,)."""
+        first = number * self._config.rows * self._world_size + self._rank
+        return np.arange(first, self.split.nsamples, self._world_size, dtype=np.int64)[: self._config.rows]
+
     def __iter__(self) -> "Loader":
         if not self._train and self._next_batch != self._start:
             self._rewind()
@@ -285,8 +290,7 @@ class Loader:
             positions = order.batch_positions(number, self._rank, self._world_size, self._global_batch)
             epochs, samples = self._order.samples(positions)
         else:
-            first = number * self._config.rows * self._world_size + self._rank
-            samples = np.arange(first, split.nsamples, self._world_size, dtype=np.int64)[: self._config.rows]
+            samples = self.validation_samples(number)
             if not samples.size:
                 return False
             epochs = np.zeros_like(samples)

@@ -18,6 +18,7 @@ from job.batches.device import prepare
 from job.config import Config, to_flat
 from job.fast import network as fast
 from job.network.alexnet import AlexNet, build
+from job.network.precision import set_precision
 from job.network.sgd import LARS, FusedSGD, MomentumSGD, parameter_groups
 from job.ranks.average import Gradients, Strategy, Weights
 from job.ranks.hybrid import GatherColumns, GatherRows, Hybrid, part
@@ -148,12 +149,6 @@ def random_seed(seed: int, step: int, rank: int) -> int:
     """Seed of a rank's random numbers in one step."""
     digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def set_precision(precision: str) -> None:
-    """Let the matrix units round float32 operands to TF32, in convolutions and matrix products, or not."""
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
 def set_determinism(wanted: bool) -> None:
