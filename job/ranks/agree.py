@@ -6,8 +6,6 @@ that training cannot have is one error, which names two ranks and what each of t
 """
 
 import dataclasses
-import functools
-import hashlib
 import logging
 import os
 import platform
@@ -21,9 +19,9 @@ import torch
 from PIL import features
 
 from job.fast import network as fast
-from shards import ROOT
 from shards.errors import InputError
 from shards.machine.cores import cores_given
+from shards.machine.facts import code_version
 from shards.read import fastjpeg, images
 
 log = logging.getLogger(__name__)
@@ -81,33 +79,19 @@ def _report(settings: dict[str, Any], open_data: Callable) -> tuple[Any, Report]
         "host": socket.gethostname(),
         "problem": problem,
         "same": {
-            "this project's code": _code(),
+            "this project's code": code_version(),
             "Python": ".".join(platform.python_version_tuple()[:2]),
             "torch": torch.__version__,
             "Horovod": horovod.__version__,
             **{f"--{name.replace('_', '-')}": value for name, value in settings.items() if name not in LOCAL},
             **facts,
         },
-        "gpus": [] if settings.get("device") == "cpu" else _gpus(settings.get("kernels", "plain") != "plain"),
+        "gpus": [] if settings.get("device") == "cpu" else visible_gpus(settings.get("kernels", "plain") != "plain"),
         "decoder": _decoders() if any(name.startswith("split") for name in facts) else "",
     }
 
 
-@functools.cache
-def _code() -> str:
-    """A short hash of all source files of the project."""
-    digest = hashlib.sha256()
-    for room in ("job", "shards"):
-        for folder, folders, names in os.walk(os.path.join(ROOT, room)):
-            folders.sort()
-            for name in sorted(names):
-                if name.endswith((".py", ".c")):
-                    with open(os.path.join(folder, name), "rb") as file:
-                        digest.update(name.encode() + file.read())
-    return digest.hexdigest()[:12]
-
-
-def _gpus(fast_wanted: bool) -> list[dict[str, str]]:
+def visible_gpus(fast_wanted: bool) -> list[dict[str, str]]:
     """The GPUs that this rank sees: a name that differs on all nodes, model, and why the fast kernels cannot run."""
     slices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # slices of MIG may all have the UUID of their GPU
     found = []
