@@ -9,7 +9,7 @@ import json
 import math
 import subprocess
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from job.doctor import libraries
 from job.doctor.examine import Facts
@@ -18,6 +18,11 @@ from shards import ROOT
 from shards.errors import InputError
 from shards.machine.cores import cores_given
 from shards.machine.launcher import alone, launched_size
+
+if TYPE_CHECKING:
+    from job.config import Config
+    from job.scaling.model import Model, Prediction
+    from job.scaling.study import Measured
 
 BENCH_SECONDS = 150.0
 CPU_BATCH, GPU_BATCH = 16, 1024  # images per rank that are measured at most; the model knows how a step grows
@@ -57,7 +62,7 @@ def check_limits(wanted: Wanted, facts: Facts, read: list[float], links: dict[st
     return _predict(wanted, facts, bench, read, links)
 
 
-def settings_of(wanted: Wanted, facts: Facts):
+def settings_of(wanted: Wanted, facts: Facts) -> "Config":
     """The settings of the recipe, for the network that the data asks for. Raises InputError."""
     from job import config
 
@@ -114,59 +119,85 @@ def _cores_of_rank(wanted: Wanted) -> int:
 def _predict(
     wanted: Wanted, facts: Facts, bench: dict[str, Any], read: list[float], links: dict[str, float]
 ) -> tuple[Finding, dict]:
-    import torch  # noqa: F401  (job.run needs it)
-
-    from job.run.breakdown import gradients
     from job.scaling import model as scalingmodel
-    from job.scaling import report, sizes
-    from job.scaling.study import COMPUTE, SECTIONS, TO_DEVICE, Gradient, Measured
+    from job.scaling.study import Measured
 
     settings = settings_of(wanted, facts)
-    batch, rate = bench["batch"], bench["images_per_second"]
-    image = settings.image_size**2 * 3
-    sections = dict.fromkeys(SECTIONS, 0.0) | {COMPUTE: batch / rate}
-    if bench.get("copy"):
-        sections[TO_DEVICE] = batch * image / bench["copy"]
-    over = "NCCL" if facts.gpus else "MPI"
-    known = {}
-    for kind, name in (("within", "local bandwidth"), ("between", "network bandwidth")):
-        if kind in links:
-            known[name] = links[kind]
-    grads = [Gradient(g["bytes"], g["ready"], g["name"], tuple(g["shape"])) for g in gradients(settings)]
-    measured = Measured(1, 1, batch, sections, sum(sections.values()))
-    setup = scalingmodel.Setup(parallel=settings.parallel, over=over)
-    model = scalingmodel.fit([measured], grads, setup, known)
     decode = _decode(facts, wanted)
     # Nodes that were not measured are taken to read as fast as those that were, all at the same time.
     storage = sum(read) / len(read) * wanted.nodes if read else math.inf
-    model = dataclasses.replace(model, loader=decode, storage=storage)
+    model = dataclasses.replace(_model(settings, facts, bench, links), loader=decode, storage=storage)
     made = model.predict(
         scalingmodel.Scenario(wanted.ranks, settings.global_batch, wanted.ranks_per_node, parallel=settings.parallel)
     )
     step = Measured(wanted.ranks, wanted.nodes, settings.global_batch, made.sections, sum(made.sections.values()))
-    stages = report.part_limits(model, step)
-    size = sizes.Size(step, "", (), made.images_per_second, made.low, made.high)
-    part, advice = report.bottleneck(size, {"loader": {"images_per_second": decode}})
-    named = {"file system": "reading", "loader": "decoding", "copy to the device": "copy to the GPU"}
-    stages = {named.get(name, name): value for name, value in stages.items()}
-    stages = {n: stages[n] for n in ("reading", "decoding", "copy to the GPU", "compute", "allreduce") if n in stages}
-    if not facts.gpus:
-        stages.pop("copy to the GPU", None)
+    part, advice = _bottleneck(step, made, decode * wanted.nodes, storage)
     figures = {
         "recipe": wanted.recipe,
         "precision": settings.precision,
         "ranks": wanted.ranks,
         "nodes": wanted.nodes,
         "global_batch": settings.global_batch,
-        "stages": stages,
+        "stages": _stages(model, step, facts),
         "images_per_second": made.images_per_second,
         "low": made.low,
         "high": made.high,
         "bottleneck": part,
         "advice": advice,
-        "assumed": _assumed(wanted, read, links, over),
+        "assumed": _assumed(wanted, read, links),
     }
     return _finding(figures), figures
+
+
+def _over() -> str:
+    """What carries Horovod's messages where there are GPUs, or none."""
+    import torch
+
+    return "NCCL" if torch.cuda.is_available() else "MPI"
+
+
+def _model(settings: "Config", facts: Facts, bench: dict[str, Any], links: dict[str, float]) -> "Model":
+    """The model of job.scaling, fitted to the step of one rank and to links that were measured."""
+    from job.run.breakdown import gradients
+    from job.scaling import model as scalingmodel
+    from job.scaling.study import COMPUTE, SECTIONS, TO_DEVICE, Gradient, Measured
+
+    batch = bench["batch"]
+    sections = dict.fromkeys(SECTIONS, 0.0) | {COMPUTE: batch / bench["images_per_second"]}
+    if bench.get("copy"):
+        sections[TO_DEVICE] = batch * settings.image_size**2 * 3 / bench["copy"]
+    names = {"within": "local bandwidth", "between": "network bandwidth"}
+    known = {name: links[kind] for kind, name in names.items() if kind in links}
+    found = [Gradient(g["bytes"], g["ready"], g["name"], tuple(g["shape"])) for g in gradients(settings)]
+    setup = scalingmodel.Setup(parallel=settings.parallel, over=_over())
+    return scalingmodel.fit([Measured(1, 1, batch, sections, sum(sections.values()))], found, setup, known)
+
+
+def _bottleneck(step: "Measured", made: "Prediction", decode: float, storage: float) -> tuple[str, str]:
+    """The stage that limits a predicted step, and what to do; `decode`, `storage`: images/s of all nodes."""
+    from job.scaling import report, sizes
+    from job.scaling.model import DATA_BOUND
+    from job.scaling.study import WAIT
+
+    if step.sections[WAIT] <= DATA_BOUND * step.step:
+        return report.bottleneck(sizes.Size(step, "", (), made.images_per_second, made.low, made.high), {})
+    # Reading overlaps with all else, so it is slower than that, however short the wait.
+    work = step.global_batch / (step.step - step.sections[WAIT])
+    reading = min(decode, storage)
+    advice = f"It gives {reading:,.0f} images/s, and the rest could take {work:,.0f}: {report.ADVICE[WAIT]}."
+    return "decode" if decode < storage else "storage", advice
+
+
+def _stages(model: "Model", step: "Measured", facts: Facts) -> dict[str, float]:
+    """Images/s, all ranks, that each stage alone would allow; those that never limit are left out."""
+    from job.scaling import report
+
+    rates = report.part_limits(model, step)
+    names = {"reading": "file system", "decoding": "loader", "copy to the GPU": "copy to the device"}
+    names |= {"compute": "compute", "allreduce": "allreduce"}
+    if not facts.gpus:
+        del names["copy to the GPU"]
+    return {name: rates[part] for name, part in names.items() if part in rates}
 
 
 def _decode(facts: Facts, wanted: Wanted) -> float:
@@ -177,11 +208,11 @@ def _decode(facts: Facts, wanted: Wanted) -> float:
     return facts.decode * readers * wanted.ranks_per_node if facts.decode else math.inf
 
 
-def _assumed(wanted: Wanted, read: list[float], links: dict[str, float], over: str) -> list[str]:
+def _assumed(wanted: Wanted, read: list[float], links: dict[str, float]) -> list[str]:
     """What the prediction takes for granted because it was not measured here."""
     from job.scaling import model
 
-    found = []
+    over, found = _over(), []
     if not read:
         found.append("reading is no limit (--data measures it)")
     elif wanted.nodes > len(read):

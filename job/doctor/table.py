@@ -51,7 +51,7 @@ def _row(name: str, by_host: Mapping[str, Sequence[Finding]], nodes: int) -> lis
     if nodes == 1:
         return [finding]
     texts = {own.text for all in by_host.values() for own in all}
-    text = finding.text if len(texts) == 1 else f"{finding.text} ({host}; {_range(by_host)})"
+    text = finding.text if len(texts) == 1 else f"{finding.text} (on {host}; {_range(by_host)})"
     return [ok(name, text, finding.advice, value=finding.value)]
 
 
@@ -95,6 +95,8 @@ def _range(by_host: Mapping[str, Sequence[Finding]]) -> str:
     if not values:
         return f"{len(by_host)} nodes alike but for details"
     most, least = max(values, key=lambda h: values[h]), min(values.values())
+    if values[most] < 1.05 * least:
+        return f"{len(by_host)} nodes alike"
     return f"the lowest of {len(by_host)} nodes; {most} has {values[most] / max(least, 1e-9):.2f} times that"
 
 

@@ -66,10 +66,11 @@ def horovod(nodes: Sequence[Sequence[int]]) -> dict[str, Any]:
     from job.bench.allreduce import measure_size
     from job.ranks.agree import assign_gpus, visible_gpus
 
-    sets = {name: hvd.ProcessSet(ranks) for name, ranks in groups(nodes).items()}
-    hvd.init(process_sets=list(sets.values()))
+    os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"  # so that Horovod can say how many ranks it sees before them
+    hvd.init()
     if problem := lone_process(hvd.size(), "Horovod"):
         return {"error": problem}
+    sets = {name: hvd.add_process_set(ranks) for name, ranks in groups(nodes).items()}
     reports = hvd.allgather_object({"host": socket.gethostname(), "gpus": visible_gpus(False)}, name="doctor_gpus")
     index = assign_gpus(reports, "auto")[hvd.rank()]
     device = torch.device("cpu") if index is None else torch.device("cuda", index)

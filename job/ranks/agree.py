@@ -19,7 +19,7 @@ import torch
 from PIL import features
 
 from job.fast import network as fast
-from shards.errors import InputError
+from shards.errors import InputError, see
 from shards.machine.cores import cores_given
 from shards.machine.facts import code_version
 from shards.read import fastjpeg, images
@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 LOCAL = frozenset(
     "data out recipe workers resume profile model.classes checkpoint checkpoint-keep metrics.textfile json".split()
 )
+
+# Rows of job.doctor that compare the same things.
+_ROWS = {"this project's code": "code", "Python": "python", "torch": "torch", "Horovod": "horovod"}
 
 Report = dict[str, Any]  # as `_report` makes it. Plain types: another version of this code must be able to read it
 
@@ -153,7 +156,9 @@ def _difference(reports: list[Report]) -> str:
         if unlike:
             other = reports[unlike[0]]["same"].get(name)
             advice = "install the same on all nodes"
-            if name.startswith("--"):
+            if name in _ROWS:
+                advice += f" {see(_ROWS[name])}"
+            elif name.startswith("--"):
                 advice = "give all ranks the same command"
             elif name.startswith("split") or name in ("classes", "checkpoint"):
                 advice = "give all nodes the same files"
@@ -191,7 +196,7 @@ def assign_gpus(reports: list[Report], wanted: str) -> list[int | None]:
     raise InputError(
         f"{option}{where(reports, rank)}{_others(without)} has no GPU for itself: it sees {seen}, and {ranks} "
         f"rank{'s run' if ranks > 1 else ' runs'} there; start one rank per GPU, leave a broken node out "
-        f"(sbatch --exclude={host}), or use --device cpu"
+        f"(sbatch --exclude={host}), or use --device cpu {see('gpu')}"
     )
 
 
@@ -219,15 +224,17 @@ def warnings(reports: list[Report], gpus: list[int | None], settings: dict[str, 
     """The warnings of rank 0: results are right, but training is slower than it could be."""
     if gpus[0] is not None:
         if settings.get("kernels") == "auto" and (reason := why_plain(reports, gpus, settings["parallel"])):
-            yield f"all ranks use the plain kernels, at about a third of the speed: {reason}"
+            yield f"all ranks use the plain kernels, at about a third of the speed: {reason}" + (
+                f" {see('compiler')}" if "compiler" in reason else ""
+            )
         names = [report["gpus"][index]["name"] for report, index in zip(reports, gpus, strict=True)]
-        yield from _unlike(reports, names, "have different GPUs", "all wait for the slowest")
+        yield from _unlike(reports, names, "have different GPUs", f"all wait for the slowest {see('gpu')}")
     decoders = [report["decoder"] for report in reports]
     yield from _unlike(
         reports,
         decoders,
         "decode JPEG files differently",
-        "pixels may differ by rounding, all wait for the slowest",
+        f"pixels may differ by rounding, all wait for the slowest {see('decoder')}",
     )
 
 

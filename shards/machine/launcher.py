@@ -2,6 +2,8 @@
 
 import os
 
+from shards.errors import see
+
 # Variables that hold the rank of a process, and its number on its node.
 _LOCAL_RANK_VARIABLES = (
     "HOROVOD_LOCAL_RANK",
@@ -83,4 +85,7 @@ def lone_process(size: int, library: str) -> str:
             f"use srun --mpi=pmix (srun --mpi=list shows what this cluster has), or mpirun -np {count} in its place; "
             "for one process use srun -n 1"
         )
-    return f"{launcher} started {count} processes, and {library} sees one, so each would do all of the work; {advice}"
+    return (
+        f"{launcher} started {count} processes, and {library} sees one, so each would do all of the work; {advice} "
+        f"{see('mpirun')}"
+    )
