@@ -7,8 +7,9 @@ table, and ends with an allreduce between all ranks. Exit code 0 when nothing is
 import argparse
 import json
 import os
+import signal
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from job.doctor.findings import Finding, as_json, worst
 from shards.command import Parser, run
@@ -119,10 +120,10 @@ def together(options: argparse.Namespace) -> int:
     if rank.rank == 0:
         return lead(rank, facts, options)
     if plan := rank.wait("plan", EXCHANGE_SECONDS):
-        rank.say(allreduce=allreduce.run_child(plan["library"], plan["nodes"]))
+        rank.say(allreduce=allreduce.run_child(plan["library"], plan["nodes"], rank.is_over))
     rank.wait("done", EXCHANGE_SECONDS)
     rank.say(ended=True)
-    sys.stdout.flush()
+    allreduce.end_children()
     os._exit(0)  # a check that hangs must not keep the job
 
 
@@ -159,11 +160,17 @@ def lead(rank, facts, options: argparse.Namespace) -> int:
             by_host: dict[str, list[int]] = {}
             for number, report in sorted(reports.items()):
                 by_host.setdefault(report["host"], []).append(number)
-            plan = {"library": library, "nodes": list(by_host.values())}
-            rank.tell(plan=plan)
-            rank.say(allreduce=allreduce.run_child(**plan))
-            reports = rank.collect("allreduce")
-            add(table.check_allreduce(reports, [r for r in range(rank.size) if "allreduce" not in reports.get(r, ())]))
+            try:
+                signal.signal(signal.SIGTERM, _launcher_ends)
+                rank.tell(plan={"library": library, "nodes": list(by_host.values())})
+                rank.say(allreduce=allreduce.run_child(library, list(by_host.values()), rank.failed))
+                reports = rank.collect("allreduce")
+                lost = [r for r in range(rank.size) if "allreduce" not in reports.get(r, ())]
+                add(table.check_allreduce(reports, lost))
+            except _Ended:
+                add(table.check_ended(rank.heard()))
+            finally:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
         more: dict[str, Any] = {
             "ranks": rank.size,
             "nodes": {host: [as_json(finding) for finding in own] for host, own in nodes.items()},
@@ -175,9 +182,19 @@ def lead(rank, facts, options: argparse.Namespace) -> int:
             read = [report["read"] for report in reports.values() if report.get("read")]
             finding, more["limits"] = predict(options, facts, ranks, min(ranks, most), read, more["allreduce"])
             add(finding)
+        return close(findings, options, **more)
     finally:
+        sys.stdout.flush()
         rank.end()
-    return close(findings, options, **more)
+        allreduce.end_children()
+
+
+class _Ended(Exception):
+    """The launcher ends the job: SIGTERM."""
+
+
+def _launcher_ends(number: int, frame: Any) -> NoReturn:
+    raise _Ended
 
 
 def _library(nodes: dict[str, list[Finding]]) -> str:

@@ -75,7 +75,19 @@ class Rank:
             time.sleep(POLL_SECONDS)
         return None
 
+    def is_over(self) -> bool:
+        """Whether rank 0 no longer waits for anything, or has ended."""
+        told = _read(os.path.join(self.folder, "leader.json"))
+        return "done" in told or "failed" in told or told.get("token") != self._token
+
     # ---- Rank 0.
+
+    def failed(self) -> bool:
+        """Whether some rank has failed in the allreduce; all ranks are told."""
+        found = any("error" in report.get("allreduce", ()) for report in self.heard().values())
+        if found:
+            self.tell(failed=True)
+        return found
 
     def tell(self, **values: Any) -> None:
         """Tell all ranks."""

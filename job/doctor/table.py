@@ -8,12 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from job.doctor.findings import ROWS, Finding, ok, slow, wrong
+from job.doctor.together import NO_ANSWER
 from shards.errors import few, short
 
 # Rows in which ranks that differ do not train together (job.ranks.agree), or hang; in others they wait for the slowest.
 MUST_MATCH = frozenset({"python", "code", "torch", "horovod", "mpirun"})
 # A node whose figure is below this share of the median of all nodes is named.
 SLOW_NODE = 0.7
+ALLREDUCE_ADVICE = "rows gpu, nccl, mpirun, network and shm; NCCL_DEBUG=INFO shows what NCCL tries"
 FAR_APART = 1.0  # seconds between clocks
 
 
@@ -146,16 +148,15 @@ def check_clocks(reports: Mapping[int, Mapping[str, Any]]) -> list[Finding]:
 
 def check_allreduce(reports: Mapping[int, Mapping[str, Any]], silent: Sequence[int]) -> Finding:
     """The row `allreduce`, from what together.run_child returned on each rank."""
-    results = {rank: report.get("allreduce", {"error": "no answer"}) for rank, report in sorted(reports.items())}
-    results |= {rank: {"error": "no answer"} for rank in silent}
+    results = {rank: report.get("allreduce", {"error": NO_ANSWER}) for rank, report in sorted(reports.items())}
+    results |= {rank: {"error": NO_ANSWER} for rank in silent}
     failed = {rank: result["error"] for rank, result in results.items() if "error" in result}
     if failed:
         # A rank that only waited for another says that it was lost, or nothing: the others know more.
-        rank = min(failed, key=lambda r: ("no answer" in failed[r] or "HorovodInternalError" in failed[r], r))
+        rank = min(failed, key=lambda r: (NO_ANSWER in failed[r] or "HorovodInternalError" in failed[r], r))
         host = reports.get(rank, {}).get("host", "an unknown node")
         others = f" (and {len(failed) - 1} other ranks)" if len(failed) > 1 else ""
-        advice = "rows gpu, nccl, mpirun, network and shm; NCCL_DEBUG=INFO shows what NCCL tries"
-        return wrong("allreduce", f"rank {rank} on {host}{others}: {failed[rank]}", advice)
+        return wrong("allreduce", f"rank {rank} on {host}{others}: {failed[rank]}", ALLREDUCE_ADVICE)
     not_right = [rank for rank, result in results.items() if not result["right"]]
     if not_right:
         text = f"wrong sum on rank {not_right[0]} on {reports[not_right[0]]['host']}, by {results[0]['over']}"
@@ -167,6 +168,16 @@ def check_allreduce(reports: Mapping[int, Mapping[str, Any]], silent: Sequence[i
     if "between" in parts:
         text += f", between nodes {parts['between'] / 1e9:.2f}"
     return ok("allreduce", f"{text} (bus bandwidth)")
+
+
+def check_ended(reports: Mapping[int, Mapping[str, Any]]) -> Finding:
+    """The row `allreduce` where the launcher has ended the job meanwhile, because a rank crashed."""
+    failed = {r: f["allreduce"]["error"] for r, f in sorted(reports.items()) if "error" in f.get("allreduce", ())}
+    text = "a rank crashed, and the launcher ended the job"
+    if failed:
+        rank = min(failed)
+        text = f"rank {rank} on {reports[rank]['host']}: {failed[rank]}; the launcher ended the job"
+    return wrong("allreduce", text, ALLREDUCE_ADVICE)
 
 
 def rates(reports: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:

@@ -9,7 +9,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from shards import ROOT
@@ -17,34 +18,52 @@ from shards.machine.launcher import lone_process
 
 SECONDS = 90.0
 BYTES = 16 << 20
+NO_ANSWER = "no answer"  # of a rank that waits for another
+_children: list[subprocess.Popen] = []
 
 
-def run_child(library: str, nodes: Sequence[Sequence[int]]) -> dict[str, Any]:
+def run_child(library: str, nodes: Sequence[Sequence[int]], hopeless: Callable[[], bool]) -> dict[str, Any]:
     """What this rank's child found, or {"error": why}.
 
     Args:
         library: horovod or mpi4py.
         nodes: the ranks of each node.
+        hopeless: whether another rank has failed, so that this one waits in vain.
     """
+    # A child that hangs is killed at the end only (`end_children`): mpirun takes that for a failed rank, and ends the
+    # job before rank 0 has printed its table.
     command = [sys.executable, "-m", "job.doctor.together", library, json.dumps(nodes)]
     path = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            stdin=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": path},
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"no answer in {SECONDS:.0f} s"}
-    for line in reversed(done.stdout.splitlines()):
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    _children.append(child)
+    began, out, err = time.monotonic(), None, ""
+    while out is None:
+        try:
+            out, err = child.communicate(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            if time.monotonic() - began > SECONDS:
+                return {"error": f"no answer in {SECONDS:.0f} s"}
+            if hopeless():
+                return {"error": NO_ANSWER}
+    for line in reversed(out.splitlines()):
         if line.startswith("{"):
             return json.loads(line)
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+    lines = [line.strip() for line in err.splitlines() if line.strip()]
+    ended = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
     return {"error": f"{ended}{': ' if lines else ''}{lines[-1][:300] if lines else ''}"}
+
+
+def end_children() -> None:
+    """End the children that hang."""
+    for child in _children:
+        child.kill()
 
 
 def groups(nodes: Sequence[Sequence[int]]) -> dict[str, list[int]]:
@@ -92,8 +111,6 @@ def horovod(nodes: Sequence[Sequence[int]]) -> dict[str, Any]:
 
 def mpi4py(nodes: Sequence[Sequence[int]]) -> dict[str, Any]:
     """The same by mpi4py alone, where Horovod does not work."""
-    import time
-
     import numpy as np
     from mpi4py import MPI
 

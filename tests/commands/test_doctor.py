@@ -390,6 +390,29 @@ def test_where_horovod_is_broken_and_no_mpi_connects_the_ranks_the_table_comes_a
     assert first[1].startswith("error: wrong here: horovod, allreduce") and not second[0] and not second[1]
 
 
+CRASH = """
+import os, signal, threading
+if b"job.doctor.together" in open("/proc/self/cmdline", "rb").read() and os.environ.get("OMPI_COMM_WORLD_RANK") == "1":
+    import horovod.torch as hvd
+    init = hvd.init
+    def crash():
+        init()
+        os.kill(os.getpid(), signal.{signal})
+    hvd.init = crash
+"""
+
+
+def test_a_rank_that_crashes_in_the_allreduce_costs_that_row_alone(tmp_path):
+    """mpirun ends the job at once when a rank crashes; the JSON object comes all the same."""
+    (tmp_path / "sitecustomize.py").write_text(CRASH.replace("{signal}", "SIGSEGV"))
+    env = {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = horovodrun(2, "job.doctor", "--exchange", str(tmp_path), "--json", env=env)
+    report = json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])
+    rows = {finding["name"]: finding for finding in report["findings"]}
+    assert done.returncode != 0 and rows["torch"]["status"] == "ok", done.stderr
+    assert rows["allreduce"]["status"] == "wrong" and "error: wrong here: allreduce" in done.stdout + done.stderr
+
+
 @pytest.mark.long
 def test_a_rank_that_never_comes_is_named_within_its_time(tmp_path):
     began = time.monotonic()

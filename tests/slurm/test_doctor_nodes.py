@@ -26,6 +26,7 @@ def doctor(cluster, tmp_path):
         words = [*launcher, sys.executable, "-m", "job.doctor", "--exchange", str(tmp_path), "--json"]
         done = cluster.run(*words, timeout=150, env={"OMP_NUM_THREADS": "1", **(env or {})}, check=False)
         text = done.stdout
+        assert "{" in text, f"exit code {done.returncode}\n{text}{done.stderr}{cluster.logs()}"
         report = json.loads(text[text.index("{") : text.rindex("}") + 1])
         assert not list(tmp_path.glob(".doctor*"))
         return report, {finding["name"]: finding for finding in report["findings"]}, done.returncode
@@ -42,18 +43,7 @@ def test_srun_examines_both_nodes_and_measures_between_them(doctor):
 
 
 def test_mpirun_measures_within_a_node_and_between_nodes(doctor):
-    mpirun = [
-        "salloc",
-        "-N2",
-        "--ntasks-per-node=2",
-        "mpirun",
-        "-np",
-        "4",
-        "--map-by",
-        "ppr:2:node",
-        "--bind-to",
-        "none",
-    ]
+    mpirun = "salloc -N2 --ntasks-per-node=2 mpirun -np 4 --map-by ppr:2:node --bind-to none".split()
     report, rows, code = doctor(*mpirun)
     assert code == 0 and {"all", "within", "between"} == set(report["allreduce"]), rows
     assert "4 ranks on 2 nodes: n1, n2" in rows["nodes"]["text"]
