@@ -12,7 +12,7 @@ fail() {
 # Scripts of modules and of conda use unset variables, and bash before 4.4 treats an empty array as unset.
 set +u
 # shellcheck source-path=SCRIPTDIR/.. source=site.sh
-source "$repository/slurm/site.sh"
+source "$repository/slurm/site.sh" || exit 2
 export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 # shellcheck source-path=SCRIPTDIR/.. source=activate.sh
 source "$repository/slurm/activate.sh"
