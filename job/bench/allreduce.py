@@ -51,13 +51,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
     }
 
 
-def measure_size(size: int, device: torch.device, group: hvd.ProcessSet = hvd.global_process_set) -> dict[str, Any]:
-    """Median seconds and bus bandwidth (byte/s) of an allreduce of `size` bytes. All ranks of `group` call it."""
+def measure_size(size: int, device: torch.device, group: hvd.ProcessSet | None = None) -> dict[str, Any]:
+    """Median seconds and bus bandwidth (byte/s) of an allreduce of `size` bytes.
+
+    All ranks of `group` call it together; None: all ranks.
+    """
     values = torch.ones(size // 4, device=device)
+    ranks = list(range(hvd.size())) if group is None else group.ranks
+    of_group = {} if group is None else {"process_set": group}
 
     def once() -> float:
         began = time.perf_counter()
-        hvd.allreduce_(values, op=hvd.Average, name=f"bench_{size}", process_set=group)
+        hvd.allreduce_(values, op=hvd.Average, name=f"bench_{size}", **of_group)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - began
@@ -66,10 +71,9 @@ def measure_size(size: int, device: torch.device, group: hvd.ProcessSet = hvd.gl
         once()
     # All ranks make the same number of repetitions: that of the first rank.
     count = max(_LEAST, min(_MOST, int(_SECONDS / once())))
-    first = group.ranks[0] if group.ranks else 0
-    count = hvd.broadcast_object(count, root_rank=first, name=f"count_{size}", process_set=group)
+    count = hvd.broadcast_object(count, name=f"count_{size}", **(of_group and of_group | {"root_rank": ranks[0]}))
     seconds = statistics.median(once() for _ in range(count))
-    bandwidth = 2 * (group.size() - 1) / group.size() * size / seconds
+    bandwidth = 2 * (len(ranks) - 1) / len(ranks) * size / seconds
     return {"bytes": size, "seconds": seconds, "bus_bandwidth": bandwidth, "repetitions": count}
 
 

@@ -32,7 +32,7 @@ def run_child(library: str, nodes: Sequence[Sequence[int]], hopeless: Callable[[
     """
     # A child that hangs is killed at the end only (`end_children`): mpirun takes that for a failed rank, and ends the
     # job before rank 0 has printed its table.
-    command = [sys.executable, "-m", "job.doctor.together", library, json.dumps(nodes)]
+    command = [sys.executable, "-c", "from job.doctor.together import main; main()", library, json.dumps(nodes)]
     path = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
     child = subprocess.Popen(
         command,
@@ -147,7 +147,3 @@ def main() -> None:
     except Exception as error:
         found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     print(json.dumps(found), flush=True)
-
-
-if __name__ == "__main__":
-    main()
