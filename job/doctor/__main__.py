@@ -9,12 +9,16 @@ import json
 import os
 import signal
 import sys
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from job.doctor.findings import Finding, as_json, worst
 from shards.command import Parser, run
 from shards.errors import InputError
 from shards.machine.launcher import launched_size
+
+if TYPE_CHECKING:
+    from job.doctor.examine import Facts
+    from job.doctor.exchange import Rank
 
 DESCRIPTION = (
     "What is installed, what is slow, what is wrong, what to do. Under horovodrun, mpirun or srun: on every node, with "
@@ -101,13 +105,28 @@ def predict(options, facts, ranks: int, per_node: int, read: list[float], links:
 
 def together(options: argparse.Namespace) -> int:
     """Examine all nodes: one process per node examines it, and all ranks make an allreduce."""
-    import dataclasses
-
-    from job.doctor import together as allreduce
-    from job.doctor.examine import Facts, examine
+    from job.doctor.examine import Facts
     from job.doctor.exchange import Rank
 
     rank, facts, found = Rank(options.exchange), Facts(), []
+    if rank.rank == 0:  # the folder of the exchange must not stay behind; horovodrun passes Ctrl-C on as SIGUSR1
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            signal.signal(number, signal.default_int_handler)
+    try:
+        return take_part(rank, facts, found, options)
+    except KeyboardInterrupt:
+        if rank.rank == 0:
+            rank.end(0.0)
+        raise
+
+
+def take_part(rank: "Rank", facts: "Facts", found: list[dict], options: argparse.Namespace) -> int:
+    """What each rank does; `found`: its findings as dictionaries."""
+    import dataclasses
+
+    from job.doctor import together as allreduce
+    from job.doctor.examine import examine
+
     rank.say(started=True)
     if rank.local_rank == 0:
         local = _ranks_on_this_node(rank.size)
@@ -133,7 +152,7 @@ def _ranks_on_this_node(size: int) -> int:
     return local_ranks() or size
 
 
-def lead(rank, facts, options: argparse.Namespace) -> int:
+def lead(rank: "Rank", facts: "Facts", options: argparse.Namespace) -> int:
     """Rank 0: put together what all nodes found, and print it."""
     from job.doctor import table
     from job.doctor import together as allreduce
@@ -170,7 +189,7 @@ def lead(rank, facts, options: argparse.Namespace) -> int:
             except _Ended:
                 add(table.check_ended(rank.heard()))
             finally:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
         more: dict[str, Any] = {
             "ranks": rank.size,
             "nodes": {host: [as_json(finding) for finding in own] for host, own in nodes.items()},
@@ -185,7 +204,7 @@ def lead(rank, facts, options: argparse.Namespace) -> int:
         return close(findings, options, **more)
     finally:
         sys.stdout.flush()
-        rank.end()
+        rank.end(0.0 if isinstance(sys.exception(), KeyboardInterrupt) else 5.0)
         allreduce.end_children()
 
 

@@ -120,10 +120,10 @@ class Rank:
             return time.monotonic() - self._began > JOIN_SECONDS
         return time.monotonic() - self._heard[rank][1] > SILENT_SECONDS
 
-    def end(self) -> None:
-        """Let the others end, and remove the folder."""
+    def end(self, patience: float = 5.0) -> None:
+        """Let the others end, for `patience` seconds, and remove the folder."""
         self.tell(done=True)
-        until = time.monotonic() + 5
+        until = time.monotonic() + patience
         while time.monotonic() < until and not all(
             "ended" in found for rank, found in self.heard().items() if rank and not self.silent(rank)
         ):
