@@ -345,7 +345,7 @@ def test_the_allreduce_says_who_failed_and_when_the_sum_is_wrong():
     assert row.status == "wrong" and row.text.startswith("rank 3 on n1 (and 1 other ranks): NCCL error")
 
 
-@pytest.mark.parametrize("gloo", [False, True])
+@pytest.mark.parametrize("gloo", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_under_a_launcher_it_examines_the_node_once_and_adds_up_over_all_ranks(demo_data, tmp_path, gloo):
     env = {"OMP_NUM_THREADS": "1"}
     options = ["--data", str(demo_data), "--exchange", str(tmp_path), "--json"]

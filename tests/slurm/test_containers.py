@@ -114,6 +114,7 @@ def test_the_steps_install_packages_and_call_the_set_up_of_every_machine(image, 
     assert update == "update" and {"g++", "python3-venv", "python3-dev"} <= set(install.split())
 
 
+@pytest.mark.long
 def test_the_entry_trains_in_the_image_from_any_folder(image, tmp_path):
     """horovodrun inside the container, and mpirun outside of one container per rank."""
     (image / ".venv").symlink_to(sys.prefix)  # in place of the environment that the steps make
