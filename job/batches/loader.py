@@ -18,7 +18,7 @@ import torch
 
 from job.batches.reader import BAD, Decoder, ReaderConfig, Slots
 from job.batches.workers import Workers, default_workers, worker_cores
-from shards.errors import InputError
+from shards.errors import InputError, see
 from shards.format.split import Split, load_labels
 from shards.format.tar import BLOCK, refuse_foreign
 from shards.machine.files import check_regular, is_remote
@@ -190,7 +190,7 @@ class Loader:
         # Asked for by the rank first: the decoder may have to be compiled, and then the workers find it.
         slow = slow_decoder() if split.encoding != "raw" else ""
         if slow and rank == 0 and train:
-            log.warning("%s", slow)
+            log.warning("%s %s", slow, see("decoder"))
         self._workers = Workers(workers, self._memory.descriptor, self._memory.sizes, rank, self._decoder.name_at)
         if workers:
             self._feed()
@@ -332,7 +332,8 @@ class Loader:
                 stalled = time.monotonic() - came
                 if stalled > max(self._stall_error, min(_SLOW_FACTOR * self._longest_wait, _STALL_ERROR_REMOTE)):
                     raise InputError(
-                        f"no image came for {stalled:.0f} s: {self._workers.at_work()}; its file system hangs",
+                        f"no image came for {stalled:.0f} s: {self._workers.at_work()}; its file system hangs "
+                        f"{see('data')}",
                         everywhere=False,
                     )
                 if stalled > _STALL_WARNING and not warned:

@@ -19,7 +19,7 @@ from job.run.resume import versions
 from job.run.timing import StepTimer
 from shards import ROOT
 from shards.format.split import Split
-from shards.machine.facts import cpu_name, file_system
+from shards.machine.facts import cpu_name, file_system, network_links
 
 # Settings of the layers below that change the speed of an allreduce.
 _TUNING = ("HOROVOD_", "NCCL_", "OMP_NUM_THREADS", "UCX_")
@@ -119,7 +119,7 @@ def environment(data: str, device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "ranks_per_node": hvd.local_size(),
         "nodes": hvd.cross_size(),
-        "network": _network(),
+        "network": network_links(),
         "horovod_over": _transport(device),
         "versions": {
             **versions(),
@@ -144,21 +144,6 @@ def _transport(device: torch.device) -> str:
 
 def _named(values: list[float]) -> dict[str, float]:
     return {name: round(value, 9) for name, value in zip(SECTIONS, values, strict=True)}
-
-
-def _network() -> list[str]:
-    """InfiniBand ports and network interfaces that are up, with the speed they report."""
-    found = []
-    for folder, rate in (("/sys/class/infiniband", "ports/1/rate"), ("/sys/class/net", "speed")):
-        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-            try:
-                with open(os.path.join(folder, name, rate), encoding="ascii") as file:
-                    speed = file.read().strip()
-            except OSError:  # an interface that is down or reports no speed
-                continue
-            if rate != "speed" or speed not in ("", "-1"):
-                found.append(f"{name} {speed} Mbit/s" if rate == "speed" else f"{name} {speed}")
-    return found
 
 
 def _commit() -> str:

@@ -82,7 +82,7 @@ def test_slices_of_one_gpu_are_told_apart_by_their_names(monkeypatch):
     reports = []
     for name in ("MIG-1", "MIG-2", "0"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", name)
-        reports.append(report(agree._gpus(fast_wanted=False)))
+        reports.append(report(agree.visible_gpus(fast_wanted=False)))
     assert [r["gpus"][0]["uuid"] for r in reports] == ["MIG-1", "MIG-2", "one-gpu"]
     assert agree.assign_gpus(reports[:2], "auto") == [0, 0]
 
