@@ -63,10 +63,10 @@ def train(config: Config, memory: "Memory") -> None:
         return
     if rank == 0:
         leave_behind(start, config, log)
-    log.open(start.step)
+    log.open(start.step, config.track, settings.to_flat(config))
     about = {"world_size": ranks, "last_step": extent.last, "slurm_job": os.environ.get("SLURM_JOB_ID")}
     about |= {"after": memory.reason} if memory.reason else {}
-    log.write("event", start.step, extent.epoch(start.step), event="start", **about)
+    log.write("event", start.step, extent.epoch(start.step), event="start", **about, **log.joules)
     if config.timeline:
         hvd.start_timeline(log.path("timeline.json"))
 

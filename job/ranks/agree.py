@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 
 # Settings that may differ between ranks: where a rank finds its files, and what only rank 0 uses.
 LOCAL = frozenset(
-    "data out recipe workers resume profile model.classes checkpoint checkpoint-keep metrics.textfile json".split()
+    "data out recipe workers resume profile model.classes checkpoint checkpoint-keep track metrics.prices "
+    "metrics.textfile json".split()
 )
 
 Report = dict[str, Any]  # as `_report` makes it. Plain types: another version of this code must be able to read it

@@ -36,6 +36,8 @@ class Step:
 
     Attributes:
         every: the ranks are equal after every multiple of this number of steps.
+        right: float32 scalar on the device, after `run`: the share of images whose label has the largest score. With
+            --parallel hybrid of the global batch, otherwise of this rank's images. The next `run` may overwrite it.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Step:
             mark: called at the end of each section of the step with its name, as of job.run.log.
         """
         loss = self._pass.run(images, labels, random_seed(self._seed, number, self._drawing))
+        self.right = self._pass.right
         mark(COMPUTE)
         self._strategy.communicate()
         mark(EXPOSED)
@@ -155,6 +158,11 @@ def set_determinism(wanted: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # all of it is written before it is read
 
 
+def top1(scores: Tensor, labels: Tensor) -> Tensor:
+    """Share of rows of (N, classes) scores whose largest is that of the label, a float32 scalar on their device."""
+    return (scores.detach().argmax(1) == labels).float().mean()
+
+
 class PlainPass:
     """Forward and backward pass with autograd; each gradient is sent as soon as it is ready."""
 
@@ -170,8 +178,10 @@ class PlainPass:
         """Loss of a batch; the strategy has this rank's gradients then. `seed` sets what dropout draws."""
         torch.manual_seed(seed)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bf16"):
-            loss = F.cross_entropy(self._model(images), labels)
+            scores = self._model(images)
+            loss = F.cross_entropy(scores, labels)
         self._strategy.backward(loss)
+        self.right = top1(scores, labels)
         return loss
 
 
@@ -190,8 +200,10 @@ class HybridPass(PlainPass):
                 x = GatherColumns.apply(x, name, False)
             scores = F.linear(x, rows["fc8.weight"], rows["fc8.bias"])
             scores = GatherColumns.apply(scores, "fc8", True)  # (B, classes)
-            loss = F.cross_entropy(scores, hvd.allgather(labels, name="hybrid.labels"))
+            labels = hvd.allgather(labels, name="hybrid.labels")
+            loss = F.cross_entropy(scores, labels)
         self._strategy.backward(loss)
+        self.right = top1(scores, labels)
         return loss
 
     def _kept(self, random: torch.Generator, images: int, units: int, drop: float) -> Tensor | float:
@@ -234,4 +246,5 @@ class FastPass:
         network.tail()
         self._strategy.reduce(network.head_gradients, self._head_done)
         self._strategy.reduce(network.tail_gradients)
+        self.right = network.right
         return network.loss

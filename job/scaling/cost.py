@@ -88,6 +88,7 @@ class Prices:
     checkpoint_minutes: float = 15  # between checkpoints: a lost spot node costs half of that
     restart_minutes: float = 5
     deadlines_hours: tuple[float, ...] = (24,)
+    grams_co2_per_kwh: float = math.nan  # of the electricity used; nan: not known
 
     @property
     def example(self) -> bool:

@@ -43,6 +43,27 @@ def same(one, other):
     return all(torch.equal(tensor, other[kind][name]) for kind in one for name, tensor in one[kind].items())
 
 
+def test_top1_is_that_of_the_scores_that_the_step_computed(monkeypatch):
+    kept = []
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", keep_arguments(torch.nn.functional.cross_entropy, kept))
+    step = make("weights")
+    for number in range(6):
+        train(step, [number])
+        scores, labels = kept.pop()
+        assert step.right.item() == sum(row.argmax() == label for row, label in zip(scores, labels, strict=True)) / len(
+            labels
+        )
+        assert not step.right.requires_grad
+
+
+def keep_arguments(function, kept):
+    def call(*arguments):
+        kept.append([argument.detach() for argument in arguments])
+        return function(*arguments)
+
+    return call
+
+
 def test_a_loaded_state_continues_with_the_same_bits():
     step = make("weights")
     train(step, range(3))
