@@ -28,8 +28,7 @@ from job.run.step import Step
 from job.run.timing import LateLoss, StepTimer, Trace
 from job.run.validation import validate
 from job.scaling.cost import EXAMPLE, Prices, load_prices
-from job.usage import JOULES, flops
-from job.usage import energy as usage_energy
+from job.usage import JOULES, words
 from job.usage import memory as usage_memory
 from job.usage.energy import Energy
 from job.usage.flops import Flops
@@ -278,7 +277,7 @@ class Loop:
         timings = breakdown(self.config, self.data.train, self._timer, self._progress.warmup, self.device)
         self.log.timings(timings | {"energy": summary["energy"]})
         if self.log.active:
-            self.log.say(table(summary, wall, self.config))
+            self.log.say(table(summary, wall, self.config.out))
         self.log.close(summary["status"])
 
     def end(self) -> None:
@@ -330,7 +329,7 @@ class Loop:
         }
 
 
-def table(summary: dict[str, Any], wall: float, config: Config) -> str:
+def table(summary: dict[str, Any], wall: float, out: str) -> str:
     """The closing table: accuracy, speed, memory, energy, and where the `wall` seconds of this process went."""
     rows = []
     if summary["top1"] is not None:
@@ -339,13 +338,13 @@ def table(summary: dict[str, Any], wall: float, config: Config) -> str:
         rows.append(("validation loss", f"{summary['loss']:.4f}"))
     if summary["images_per_second"]:
         rows.append(("images/s, all ranks", f"{summary['images_per_second']:,.1f}"))
-        rows.append(("FLOP rate, all ranks", flops.text(summary, summary["device"], config.precision)))
-    rows.append(("memory, largest rank", usage_memory.text(summary["memory"])))
-    rows.append(("energy", usage_energy.text(summary["energy"])))
+        rows.append(("FLOP rate, all ranks", words.flops(summary)))
+    rows.append(("memory, largest rank", words.memory(summary["memory"])))
+    rows.append(("energy", words.energy(summary["energy"])))
     rows.append(("epochs, steps", f"{summary['epochs']:.2f}, {summary['steps']}"))
     rows.append(("wall time", f"{wall:.1f} s"))
     other = wall - sum(summary["seconds"].values())
     for name, value in [*summary["seconds"].items(), ("other", other)]:
         rows.append((f"  {name}", f"{value:.1f} s  {value / wall:4.0%}"))
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows) + f"\nrun directory: {config.out}"
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows) + f"\nrun directory: {out}"

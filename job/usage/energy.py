@@ -17,13 +17,12 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
-from job.usage import JOULES, gpu
+from job.usage import JOULES, gpu, words
 
 POWERCAP = "/sys/class/powercap"
 # Seconds between two looks at RAPL. Its counters start again at 0 after 65 to 262 kJ: 2 minutes or more at 500 W.
 LOOK_SECONDS = 30.0
 JOULES_PER_KWH = 3.6e6
-NOT_MEASURED = "not measured"
 
 
 class GpuCounter:
@@ -108,12 +107,6 @@ class Joules:
     gpu: float = math.nan
     cpu: float = math.nan
 
-    @property
-    def of(self) -> str:
-        """What was measured, in words: "GPU + CPU", "GPU", "CPU" or "not measured"."""
-        found = [name for name, value in (("GPU", self.gpu), ("CPU", self.cpu)) if math.isfinite(value)]
-        return " + ".join(found) or NOT_MEASURED
-
     def like(self, other: "Joules") -> float:
         """The sum of what was measured in `other`; NaN where that is nothing, or is not measured here."""
         pairs = ((self.gpu, other.gpu), (self.cpu, other.cpu))
@@ -173,7 +166,9 @@ class Energy:
         whole = self._before.plus(_sum(ranks))
         each = _per_image(self._lines[0], self._lines[-1], batch, whole) if self._lines else None
         known = self._grams if math.isfinite(self._grams) else None
-        return {"of": whole.of, "joules_per_image": each, **self._whole(whole), "grams_co2_per_kwh": known}
+        values = self._whole(whole)
+        of = words.measured(values["gpu_joules"], values["cpu_joules"])
+        return {"of": of, "joules_per_image": each, **values, "grams_co2_per_kwh": known}
 
     def _whole(self, joules: Joules) -> dict[str, float | None]:
         kwh = joules.like(joules) / JOULES_PER_KWH
@@ -201,19 +196,3 @@ def _per_image(first: tuple[Joules, int] | None, last: tuple[Joules, int], batch
         return None
     used = (last[0].like(whole) - first[0].like(whole)) / (batch * (last[1] - first[1]))
     return used if math.isfinite(used) else None
-
-
-def text(values: dict[str, Any]) -> str:
-    """Energy in words: `12.3 J per image, 0.0123 kWh, 5.8 g of CO2 (GPU + CPU)`.
-
-    Args:
-        values: those that are known of joules_per_image, kwh, co2_grams, and `of`.
-    """
-    if values.get("kwh") is None:
-        return NOT_MEASURED
-    each = values.get("joules_per_image")
-    parts = [f"{each:.3g} J per image"] if each is not None else []
-    parts.append(f"{values['kwh']:.3g} kWh")
-    if values.get("co2_grams") is not None:
-        parts.append(f"{values['co2_grams']:.3g} g of CO2")
-    return f"{', '.join(parts)} ({values['of']})"

@@ -77,16 +77,3 @@ class Flops:
             "flops_per_second": total,
             "peak_fraction": total / ranks / self._peak if total and self._peak else None,
         }
-
-
-def text(values: dict[str, float | None], device: str, precision: str) -> str:
-    """A rate in words: `102 TFLOP/s, 20.7% of the peak (NVIDIA H100 80GB HBM3, bf16: 990 TFLOP/s per GPU)`."""
-    found = _words(values["flops_per_second"])
-    if values["peak_fraction"] is None:
-        return found
-    most = _words(peak(device, precision))
-    return f"{found}, {values['peak_fraction']:.1%} of the peak ({device}, {precision}: {most} per GPU)"
-
-
-def _words(rate: float) -> str:
-    return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.3g} GFLOP/s"

@@ -46,18 +46,6 @@ def largest(ranks: Sequence[Peak]) -> dict[str, int | None]:
     return {name: value or None if name.startswith("gpu") else value for name, value in peaks.items()}
 
 
-def text(values: dict[str, int | None]) -> str:
-    """Peaks in words, of summary.json's `memory`."""
-    parts = []
-    if values["gpu_allocated_bytes"] is not None:
-        parts.append(
-            f"GPU {values['gpu_allocated_bytes'] / 2**30:.2f} GiB allocated, "
-            f"{values['gpu_reserved_bytes'] / 2**30:.2f} GiB reserved"
-        )
-    parts.append(f"host {values['host_bytes'] / 2**30:.2f} GiB, readers {values['readers_bytes'] / 2**30:.2f} GiB")
-    return ", ".join(parts)
-
-
 def _status(pid: int) -> dict[str, int]:
     """The sizes of /proc/PID/status in bytes; empty for a process that has ended."""
     values = {}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from job.run.log import RunLog, append_line
-from job.usage import energy, gpu
+from job.usage import energy, gpu, words
 from job.usage.energy import CpuCounter, Energy, GpuCounter
 
 NAN = math.nan
@@ -205,7 +205,7 @@ def test_lines_and_summary_by_hand(monkeypatch):
     whole = one.summary([[1000.0, NAN], [2600.0, 0.0]], batch=10)
     assert whole["of"] == "GPU" and whole["kwh"] == pytest.approx(1.001) and whole["grams_co2_per_kwh"] == 500
     assert whole["joules_per_image"] == pytest.approx(600 / 300)
-    assert energy.text(whole) == "2 J per image, 1 kWh, 500 g of CO2 (GPU)"
+    assert words.energy(whole) == "2 J per image, 1 kWh, 500 g of CO2 (GPU)"
 
 
 def test_what_is_measured_is_said(monkeypatch):
@@ -214,7 +214,7 @@ def test_what_is_measured_is_said(monkeypatch):
         whole = make(0).summary(ranks, 1)
         assert whole["of"] == of and whole["kwh"] > 0 and whole["co2_grams"] is None
     nothing = make(0).summary([[NAN, NAN]], 1)
-    assert nothing["of"] == energy.text(nothing) == "not measured"
+    assert nothing["of"] == words.energy(nothing) == "not measured"
     assert [nothing[name] for name in ("kwh", "gpu_joules", "cpu_joules", "co2_grams", "joules_per_image")] == 5 * [
         None
     ]
