@@ -124,6 +124,9 @@ class Config:
     )
     timeline: bool = setting(False, "write Horovod's timeline to timeline.json of the run directory (chrome://tracing)")
     profile: int = setting(0, "steps of rank 0 to trace with torch's profiler, into profile.json of the run directory")
+    profile_nvtx: bool = setting(
+        False, "mark data, forward, backward, allreduce and update of each step for NVIDIA's profiler nsys"
+    )
     model: Model = field(default_factory=Model)
     optim: Optim = field(default_factory=Optim)
     stream: Data = field(default_factory=Data, metadata={"prefix": "data"})
@@ -148,7 +151,8 @@ ONLY_WITH = {
 # drops: when they change, that is reported.
 MAY_CHANGE = frozenset(
     "recipe data out max-steps workers resume device checkpoint-every checkpoint-keep eval-every commit-every "
-    "log-every track kernels timeline profile metrics.prices metrics.textfile data.max-bad-fraction".split()
+    "log-every track kernels timeline profile profile-nvtx metrics.prices metrics.textfile "
+    "data.max-bad-fraction".split()
 )
 
 

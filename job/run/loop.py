@@ -32,6 +32,7 @@ from job.usage import JOULES, words
 from job.usage import memory as usage_memory
 from job.usage.energy import Energy
 from job.usage.flops import Flops
+from job.usage.ranges import each, make_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,9 @@ class Loop:
                 self._save(best_now, self._owed)
             self._progress.restart_clock()
             if self.number < self.extent.last and not self._stopping:
-                for batch, images, labels in to_device(self.loader, self.device, self.step.prepare):
+                batches = to_device(self.loader, self.device, self.step.prepare)
+                named = make_range(self.config.profile_nvtx, self.device)
+                for batch, images, labels in each(batches, named, "data"):
                     self._one_step(batch, images, labels)
                     if self._ends_here():
                         break

@@ -22,6 +22,7 @@ from job.network.sgd import LARS, FusedSGD, MomentumSGD, parameter_groups
 from job.ranks.average import Gradients, Strategy, Weights
 from job.ranks.hybrid import GatherColumns, GatherRows, Hybrid, part
 from job.run.log import COMPUTE, EXPOSED, UPDATE
+from job.usage.ranges import Range, make_range
 
 
 class Step:
@@ -55,6 +56,7 @@ class Step:
         # Dropout draws from (seed, step, rank) alone: a resumed run draws what the undisturbed one would have drawn.
         # Hybrid ranks compute parts of one network, so they draw the same numbers.
         self._drawing = 0 if config.parallel == "hybrid" else hvd.rank()
+        self._named = make_range(config.profile_nvtx, device)
         self.model = build(config).to(device).train()
         optimizer = _make_optimizer(config, self.model, kernels)
         self._strategy = _make_strategy(config, self.model, optimizer, kernels) if together else Strategy(optimizer)
@@ -66,6 +68,7 @@ class Step:
             self._pass = FastPass(config, self.model, self._strategy, mean, images)
         else:
             self._pass = PlainPass(config, self.model, self._strategy, mean)
+        self._pass.named = self._named
 
     def prepare(self, images: Tensor, offsets: Tensor, mirror: Tensor) -> Tensor:
         """uint8 crops (N, S, S, 3) as input of the network; the next call may write over it.
@@ -87,11 +90,14 @@ class Step:
         loss = self._pass.run(images, labels, random_seed(self._seed, number, self._drawing))
         self.right = self._pass.right
         mark(COMPUTE)
-        self._strategy.communicate()
+        with self._named("allreduce"):
+            self._strategy.communicate()
         mark(EXPOSED)
-        self._strategy.update()
+        with self._named("update"):
+            self._strategy.update()
         mark(UPDATE)
-        self._strategy.after_update(number)
+        with self._named("allreduce"):
+            self._strategy.after_update(number)
         mark(EXPOSED)
         return loss
 
@@ -164,7 +170,15 @@ def top1(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 class PlainPass:
-    """Forward and backward pass with autograd; each gradient is sent as soon as it is ready."""
+    """Forward and backward pass with autograd; each gradient is sent as soon as it is ready.
+
+    Attributes:
+        named: makes ranges of a profile; see job.usage.ranges.
+        right: top-1 of the last batch; see `Step`.
+    """
+
+    named: Range
+    right: Tensor
 
     def __init__(self, config: Config, model: AlexNet, strategy: Strategy, mean: Tensor | None):
         self._config, self._model, self._strategy, self._mean = config, model, strategy, mean
@@ -177,11 +191,13 @@ class PlainPass:
     def run(self, images: Tensor, labels: Tensor, seed: int) -> Tensor:
         """Loss of a batch; the strategy has this rank's gradients then. `seed` sets what dropout draws."""
         torch.manual_seed(seed)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bf16"):
+        bf16 = self._config.precision == "bf16"
+        with self.named("forward"), torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
             scores = self._model(images)
             loss = F.cross_entropy(scores, labels)
-        self._strategy.backward(loss)
-        self.right = top1(scores, labels)
+            self.right = top1(scores, labels)
+        with self.named("backward"):
+            self._strategy.backward(loss)
         return loss
 
 
@@ -191,8 +207,8 @@ class HybridPass(PlainPass):
     def run(self, images: Tensor, labels: Tensor, seed: int) -> Tensor:
         """Loss of the global batch. `seed` must be the same on all ranks."""
         random = torch.Generator(self._device).manual_seed(seed)
-        rows, drop = self._strategy.rows, self._model.dropout
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bf16"):
+        rows, drop, bf16 = self._strategy.rows, self._model.dropout, self._config.precision == "bf16"
+        with self.named("forward"), torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
             x = GatherRows.apply(self._model.features(images), "features")  # (B, 9216): rank 0's images, rank 1's, ...
             for name in ("fc6", "fc7"):
                 x = F.relu(F.linear(x, rows[f"{name}.weight"], rows[f"{name}.bias"]))  # (B, 4096 / ranks)
@@ -202,8 +218,9 @@ class HybridPass(PlainPass):
             scores = GatherColumns.apply(scores, "fc8", True)  # (B, classes)
             labels = hvd.allgather(labels, name="hybrid.labels")
             loss = F.cross_entropy(scores, labels)
-        self._strategy.backward(loss)
-        self.right = top1(scores, labels)
+            self.right = top1(scores, labels)
+        with self.named("backward"):
+            self._strategy.backward(loss)
         return loss
 
     def _kept(self, random: torch.Generator, images: int, units: int, drop: float) -> Tensor | float:
@@ -223,6 +240,9 @@ class HybridPass(PlainPass):
 class FastPass:
     """`PlainPass` with the kernels of job.fast, for `images` images per step."""
 
+    named: Range
+    right: Tensor
+
     def __init__(self, config: Config, model: AlexNet, strategy: Strategy, mean: Tensor | None, images: int):
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self._network = fast.Network(model, images, dtype)
@@ -241,10 +261,13 @@ class FastPass:
         assert images is network.images
         network.labels.copy_(labels)
         network.seed.fill_(seed)
-        network.head()
+        with self.named("forward, and backward to fc6"):  # a graph each
+            network.head()
         self._head_done.record()
-        network.tail()
-        self._strategy.reduce(network.head_gradients, self._head_done)
-        self._strategy.reduce(network.tail_gradients)
+        with self.named("backward"):
+            network.tail()
+        with self.named("allreduce"):
+            self._strategy.reduce(network.head_gradients, self._head_done)
+            self._strategy.reduce(network.tail_gradients)
         self.right = network.right
         return network.loss
