@@ -102,8 +102,6 @@ def describe(folder: str, now: float) -> dict[str, Any]:
         limit = max(QUIET_SECONDS, QUIET_FACTOR * statistics.median(between or [0.0]))
         status = "running" if quiet < limit or locked(folder) else "silent"
     ranks = start.get("world_size") or 0
-    # The summary has what came after the last line of metrics, too.
-    drawn = summary.get("energy") if status in ("done", "stopped") else newest
     speed = statistics.median(speeds) if speeds else None
     return {
         "run": os.path.abspath(folder),
@@ -126,12 +124,7 @@ def describe(folder: str, now: float) -> dict[str, Any]:
         "slowest_factor": newest.get("slowest_factor"),
         "gpu_memory_bytes": newest.get("gpu_memory_bytes"),
         "gpu_utilisation": newest.get("gpu_utilisation"),
-        "flops_per_second": newest.get("flops_per_second"),
-        "peak_fraction": newest.get("peak_fraction"),
-        "joules_per_image": next(
-            (j for line in reversed(part) if (j := line.get("joules_per_image")) is not None), None
-        ),
-        **{name: (drawn or {}).get(name) for name in ENERGY},
+        **_usage(part, newest, summary if status in ("done", "stopped") else {}),
         "bad_samples": sum(line.get("bad_samples", 0) for line in train),
         "restarts": max(0, len(starts) - 1),
         "stops": sum(e["event"] == "stopped" for e in events),
@@ -142,6 +135,18 @@ def describe(folder: str, now: float) -> dict[str, Any]:
             "top1": [[line["step"], line["top1"]] for line in val],
             "train_top1": [[line["step"], line["top1"]] for line in train if line.get("top1") is not None],
         },
+    }
+
+
+def _usage(part: list[dict[str, Any]], newest: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
+    """FLOP rate and energy; None: not known. At the end the summary counts, which has what came after the last line."""
+    each = [line["joules_per_image"] for line in part if line.get("joules_per_image") is not None]
+    drawn = summary.get("energy") or newest
+    return {
+        "flops_per_second": newest.get("flops_per_second"),
+        "peak_fraction": newest.get("peak_fraction"),
+        "joules_per_image": each[-1] if each else None,
+        **{name: drawn.get(name) for name in ENERGY},
     }
 
 
