@@ -111,6 +111,10 @@ def already_finished(config: Config, step: int, last_step: int) -> str:
 def main() -> None:
     """The command."""
     config = settings.parse(None, "python -m job.train", DESCRIPTION)
+    if config.metrics.prices:
+        from job.scaling.cost import load_prices  # not at the top: --help works without PyYAML, too
+
+        load_prices(config.metrics.prices)  # a mistake in the file is reported at once
     if config.timeline:
         os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # lets a timeline begin once the run directory is there
     if config.deterministic:
