@@ -19,6 +19,7 @@ from shards.machine.files import write_whole
 
 START_SECONDS = 60.0  # to load a package, reach a server, and say so
 CLOSE_SECONDS = 20.0  # to upload what is left; launchers give a stopped job 30 s or more
+FAILED_SECONDS = 5.0  # the same where the run has failed: the other ranks wait for rank 0 to end
 WAITING = 1000  # records on their way: beyond it the tracker counts as hanging
 IDS = "trackers.json"  # in the run directory: the id of the run at each tracker
 
@@ -80,17 +81,18 @@ class Apart(Tracker):
         self._put("summary", values)
 
     def close(self, status: str) -> None:
-        """Wait until all is recorded, or CLOSE_SECONDS."""
+        """Wait until all is recorded, or CLOSE_SECONDS, or where the run has failed FAILED_SECONDS."""
         self._put("close", status)
         self._put_line(None)
         if self.failure:
             return
+        limit = min(CLOSE_SECONDS, FAILED_SECONDS) if status == "failed" else CLOSE_SECONDS
         try:
-            self._process.wait(CLOSE_SECONDS)
+            self._process.wait(limit)
             self._receiver.join(1)
             self._look()
         except subprocess.TimeoutExpired:
-            self._stop(f"it did not end within {CLOSE_SECONDS:.0f} s")
+            self._stop(f"it did not end within {limit:.0f} s")
 
     def _put(self, method: str, *arguments: Any) -> None:
         self._look()

@@ -33,6 +33,7 @@ def tracked(demo_data, tmp_path_factory):
     return out
 
 
+@pytest.mark.long
 def test_mlflow_has_one_run_of_both_starts(tracked, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     from mlflow.tracking import MlflowClient
@@ -71,6 +72,7 @@ def wandb_records(data):
             yield record
 
 
+@pytest.mark.long
 def test_wandb_keeps_one_id_and_gets_settings_values_events_and_summary(tracked):
     ids, lines, summaries, settings, codes = set(), [], {}, {}, []
     for file in sorted(tracked.glob("wandb/offline-run-*/*.wandb")):
@@ -93,6 +95,7 @@ def test_wandb_keeps_one_id_and_gets_settings_values_events_and_summary(tracked)
     assert summaries["summary/status"] == '"done"' and summaries["summary/steps"] == "10"
 
 
+@pytest.mark.long
 def test_tensorboard_gets_values_events_and_settings(tracked):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -197,13 +200,14 @@ def test_what_fails_or_hangs_in_a_tracker_is_reported_once_and_slows_nothing(
     assert capsys.readouterr().err == "" and log.failures == 0 and not (tmp_path / "ended").exists()
 
 
-def test_a_tracker_that_does_not_end_is_left(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("status", "limit"), [("done", "CLOSE_SECONDS"), ("failed", "FAILED_SECONDS")])
+def test_a_tracker_that_does_not_end_is_left(tmp_path, monkeypatch, capsys, status, limit):
     hide(tmp_path, "wandb", (FAKE % "pass").replace("open(os", "time.sleep(600); open(os"), monkeypatch)
-    monkeypatch.setattr(apart, "CLOSE_SECONDS", 1.0)
+    monkeypatch.setattr(apart, limit, 1.0)
     log = RunLog(str(tmp_path / "run"), active=True)
     log.open(0, "wandb", {})
     began = time.monotonic()
-    log.close("done")
+    log.close(status)
     assert time.monotonic() - began < 10 and "did not end within 1 s" in capsys.readouterr().err
 
 
