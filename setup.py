@@ -17,6 +17,7 @@ REQUIRES = [
     "pyyaml>=6.0",  # recipes
     "tensorboard>=2.21",  # torch.utils.tensorboard writes through it; older ones do not start beside setuptools 82
     "psutil>=5.9",  # memory and cores of a node
+    "nvidia-ml-py>=12.535",  # NVML: energy and use of a GPU; pure Python, 50 KB
 ]
 
 # What Horovod needs; slurm/install.sh installs it without its dependencies, so that pip leaves the torch here alone.
@@ -31,8 +32,14 @@ EXTRAS = {
         # Its AlexNet, to which the recipe torchvision is compared. Each version needs one version of torch: the
         # set-up takes the one for the torch that is installed, or goes on without it.
         "torchvision>=0.26,<0.30",
+        "wandb>=0.19",  # --track, offline
+        "mlflow-skinny>=2.20",  # --track, into a folder
         # Interprets the GPU kernels on a CPU. (CUDA's torch brings its own.)
         "triton>=3.5; platform_system == 'Linux' and platform_machine == 'x86_64'",
+    ],
+    "track": [
+        "wandb>=0.19",  # --track wandb
+        "mlflow-skinny>=2.20",  # --track mlflow: the client alone, 3 MB in place of 200 with server and databases
     ],
     "plots": [
         "matplotlib>=3.8",  # figures of the scaling report and of job.look

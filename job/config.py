@@ -12,6 +12,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from job.tracking import tracker
 from shards.command import Parser
 from shards.errors import InputError, nearest
 from shards.machine.files import write_whole
@@ -73,6 +74,9 @@ class Data:
 class Metrics:
     """Settings of the metrics: `--metrics.*`."""
 
+    prices: str = setting(
+        "", "file with grams_co2_per_kwh, for the CO2 of the energy; default job/scaling/prices.yaml, the example"
+    )
     textfile: str = setting("", "file for the textfile collector of Prometheus' node_exporter, say DIR/train.prom")
 
 
@@ -129,8 +133,15 @@ class Config:
     eval_every: int = setting(1, "epochs between validations; 0: none, and no validation shards are needed")
     commit_every: int = setting(50, "elastic training: steps between copies of the state that ranks go on from")
     log_every: int = setting(20, "steps between two lines of metrics")
+    track: str = setting(
+        "tensorboard",
+        "where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, several with commas, or none",
+    )
     timeline: bool = setting(False, "write Horovod's timeline to timeline.json of the run directory (chrome://tracing)")
     profile: int = setting(0, "steps of rank 0 to trace with torch's profiler, into profile.json of the run directory")
+    profile_nvtx: bool = setting(
+        False, "mark data, forward, backward, allreduce and update of each step for NVIDIA's profiler nsys"
+    )
     model: Model = field(default_factory=Model)
     optim: Optim = field(default_factory=Optim)
     stream: Data = field(default_factory=Data, metadata={"prefix": "data"})
@@ -155,7 +166,8 @@ ONLY_WITH = {
 # drops: when they change, that is reported.
 MAY_CHANGE = frozenset(
     "recipe data out max-steps workers init resume device checkpoint-every checkpoint-keep eval-every commit-every "
-    "log-every kernels timeline profile metrics.textfile data.max-bad-fraction".split()
+    "log-every track kernels timeline profile profile-nvtx metrics.prices metrics.textfile "
+    "data.max-bad-fraction".split()
 )
 
 
@@ -356,6 +368,7 @@ def check(config: Config) -> None:
             "--model.layout torchvision has no LRN and no batch normalisation; add --model.lrn none "
             "--model.batch-norm false, or use --recipe torchvision"
         )
+    tracker.parse(config.track)
     if config.parallel == "hybrid" and config.optim.kind == "lars":
         raise InputError(
             "LARS needs the norm of a whole layer, and with --parallel hybrid no rank has one; use gradients"

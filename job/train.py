@@ -65,11 +65,11 @@ def train(config: Config, memory: "Memory") -> None:
         return
     if rank == 0:
         leave_behind(start, config, log)
-    log.open(start.step)
+    log.open(start.step, config.track, settings.to_flat(config))
     about = {"world_size": ranks, "last_step": extent.last, "slurm_job": os.environ.get("SLURM_JOB_ID")}
     about |= {"after": memory.reason} if memory.reason else {}
     about |= {"init": new.init["file"], "init_sha256": new.init["sha256"]} if new.init else {}
-    log.write("event", start.step, extent.epoch(start.step), event="start", **about)
+    log.write("event", start.step, extent.epoch(start.step), event="start", **about, **log.joules)
     if config.timeline:
         hvd.start_timeline(log.path("timeline.json"))
 
@@ -114,6 +114,10 @@ def already_finished(config: Config, step: int, last_step: int) -> str:
 def main() -> None:
     """The command."""
     config = settings.parse(None, "python -m job.train", DESCRIPTION)
+    if config.metrics.prices:
+        from job.scaling.cost import load_prices  # not at the top: --help works without PyYAML, too
+
+        load_prices(config.metrics.prices)  # a mistake in the file is reported at once
     if config.timeline:
         os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # lets a timeline begin once the run directory is there
     if config.deterministic:

@@ -83,6 +83,7 @@ class Network:
         images: (batch, B, B, 48) of `dtype`, blocks of 4 x 4 pixels. `prepare` fills it, before `head`.
         labels: int64 (batch,). Fill it before `head`.
         loss: float32 scalar, the mean over the batch, after `head`.
+        right: float32 scalar, the share of images whose label has the largest score, after `head`.
         copies: parameter -> its copy in `dtype`, for fc6 to fc8; empty in float32.
         head_gradients, tail_gradients: float32, 1-D: the memory that holds all gradients made by `head`, and by `tail`.
         frozen: the convolutions learn nothing; `tail` has nothing to do.
@@ -215,7 +216,7 @@ class Network:
         h7 = torch.mm(h6, w7.t())
         self._bias_relu_drop(h7, model.fc7.bias, 1)
         logits = torch.mm(h7, w8.t())
-        self.loss = self._cross_entropy(logits, model.fc8.bias)
+        self.loss, self.right = self._cross_entropy(logits, model.fc8.bias)
         d8 = logits  # its memory now holds the gradient
         torch.sum(d8, 0, dtype=torch.float32, out=model.fc8.bias.grad)
         weight_gradient(d8, h7, model.fc8.weight.grad)
@@ -479,16 +480,16 @@ class Network:
         norm.backward(partial)
         apply_slopes(out, z, norm.slopes)
 
-    def _cross_entropy(self, logits: Tensor, bias: Tensor) -> Tensor:
-        """Mean loss of a batch, (N, classes) logits without their bias; their memory gets the gradient."""
+    def _cross_entropy(self, logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss and top-1 of a batch, (N, classes) logits without their bias; their memory gets the gradient."""
         from job.fast.kernels import cross_entropy
 
         n, classes = logits.shape
-        losses = torch.empty(n, device=logits.device)
+        losses, right = torch.empty(2, n, device=logits.device)
         cross_entropy[(n,)](
-            logits, bias, self.labels, losses, logits, n, C=classes, CB=power_of_two(classes), num_warps=4
+            logits, bias, self.labels, losses, right, logits, n, C=classes, CB=power_of_two(classes), num_warps=4
         )
-        return losses.mean()
+        return losses.mean(), right.mean()
 
 
 def _one_gradient(parameters: list[torch.nn.Parameter]) -> Tensor:

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 # Settings that may differ between ranks: where a rank finds its files, and what only rank 0 uses.
 LOCAL = frozenset(
-    "data out recipe workers init resume profile model.classes run checkpoint checkpoint-keep metrics.textfile "
-    "json".split()
+    "data out recipe workers init resume profile model.classes run checkpoint checkpoint-keep track metrics.prices "
+    "metrics.textfile json".split()
 )
 
 # Rows of job.doctor that compare the same things.

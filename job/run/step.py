@@ -23,6 +23,7 @@ from job.network.sgd import LARS, FusedSGD, MomentumSGD, parameter_groups
 from job.ranks.average import Gradients, Strategy, Weights
 from job.ranks.hybrid import GatherColumns, GatherRows, Hybrid, part
 from job.run.log import COMPUTE, EXPOSED, UPDATE
+from job.usage.ranges import Range, make_range
 
 
 class Step:
@@ -37,6 +38,8 @@ class Step:
 
     Attributes:
         every: the ranks are equal after every multiple of this number of steps.
+        right: float32 scalar on the device, after `run`: the share of images whose label has the largest score. With
+            --parallel hybrid of the global batch, otherwise of this rank's images. The next `run` may overwrite it.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Step:
         # Dropout draws from (seed, step, rank) alone: a resumed run draws what the undisturbed one would have drawn.
         # Hybrid ranks compute parts of one network, so they draw the same numbers.
         self._drawing = 0 if config.parallel == "hybrid" else hvd.rank()
+        self._named = make_range(config.profile_nvtx, device)
         self.model = build(config).to(device).train()
         if config.freeze == "conv":
             self.model.freeze_features()
@@ -67,6 +71,7 @@ class Step:
             self._pass = FastPass(config, self.model, self._strategy, mean, images)
         else:
             self._pass = PlainPass(config, self.model, self._strategy, mean)
+        self._pass.named = self._named
 
     def prepare(self, images: Tensor, offsets: Tensor, mirror: Tensor) -> Tensor:
         """uint8 crops (N, S, S, 3) as input of the network; the next call may write over it.
@@ -86,12 +91,16 @@ class Step:
             mark: called at the end of each section of the step with its name, as of job.run.log.
         """
         loss = self._pass.run(images, labels, random_seed(self._seed, number, self._drawing))
+        self.right = self._pass.right
         mark(COMPUTE)
-        self._strategy.communicate()
+        with self._named("allreduce"):
+            self._strategy.communicate()
         mark(EXPOSED)
-        self._strategy.update()
+        with self._named("update"):
+            self._strategy.update()
         mark(UPDATE)
-        self._strategy.after_update(number)
+        with self._named("allreduce"):
+            self._strategy.after_update(number)
         mark(EXPOSED)
         return loss
 
@@ -159,8 +168,21 @@ def set_determinism(wanted: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # all of it is written before it is read
 
 
+def top1(scores: Tensor, labels: Tensor) -> Tensor:
+    """Share of rows of (N, classes) scores whose largest is that of the label, a float32 scalar on their device."""
+    return (scores.detach().argmax(1) == labels).float().mean()
+
+
 class PlainPass:
-    """Forward and backward pass with autograd; each gradient is sent as soon as it is ready."""
+    """Forward and backward pass with autograd; each gradient is sent as soon as it is ready.
+
+    Attributes:
+        named: makes ranges of a profile; see job.usage.ranges.
+        right: top-1 of the last batch; see `Step`.
+    """
+
+    named: Range
+    right: Tensor
 
     def __init__(self, config: Config, model: AlexNet, strategy: Strategy, mean: Tensor | None):
         self._config, self._model, self._strategy, self._mean = config, model, strategy, mean
@@ -173,9 +195,13 @@ class PlainPass:
     def run(self, images: Tensor, labels: Tensor, seed: int) -> Tensor:
         """Loss of a batch; the strategy has this rank's gradients then. `seed` sets what dropout draws."""
         torch.manual_seed(seed)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bf16"):
-            loss = F.cross_entropy(self._model(images), labels)
-        self._strategy.backward(loss)
+        bf16 = self._config.precision == "bf16"
+        with self.named("forward"), torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
+            scores = self._model(images)
+            loss = F.cross_entropy(scores, labels)
+            self.right = top1(scores, labels)
+        with self.named("backward"):
+            self._strategy.backward(loss)
         return loss
 
 
@@ -185,8 +211,8 @@ class HybridPass(PlainPass):
     def run(self, images: Tensor, labels: Tensor, seed: int) -> Tensor:
         """Loss of the global batch. `seed` must be the same on all ranks."""
         random = torch.Generator(self._device).manual_seed(seed)
-        rows, drop = self._strategy.rows, self._model.dropout
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bf16"):
+        rows, drop, bf16 = self._strategy.rows, self._model.dropout, self._config.precision == "bf16"
+        with self.named("forward"), torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
             x = GatherRows.apply(self._model.features(images), "features")  # (B, 9216): rank 0's images, rank 1's, ...
             if "features" in self._model.dropped:
                 x = x * self._kept(random, *x.shape, drop)
@@ -198,8 +224,11 @@ class HybridPass(PlainPass):
                 x = GatherColumns.apply(x, name, False)
             scores = F.linear(x, rows["fc8.weight"], rows["fc8.bias"])
             scores = GatherColumns.apply(scores, "fc8", True)  # (B, classes)
-            loss = F.cross_entropy(scores, hvd.allgather(labels, name="hybrid.labels"))
-        self._strategy.backward(loss)
+            labels = hvd.allgather(labels, name="hybrid.labels")
+            loss = F.cross_entropy(scores, labels)
+            self.right = top1(scores, labels)
+        with self.named("backward"):
+            self._strategy.backward(loss)
         return loss
 
     def _kept(self, random: torch.Generator, images: int, units: int, drop: float) -> Tensor | float:
@@ -218,6 +247,9 @@ class HybridPass(PlainPass):
 
 class FastPass:
     """`PlainPass` with the kernels of job.fast, for `images` images per step."""
+
+    named: Range
+    right: Tensor
 
     def __init__(self, config: Config, model: AlexNet, strategy: Strategy, mean: Tensor | None, images: int):
         assert not fast.lacks(to_flat(config)), "job.ranks.agree chooses the plain kernels for these settings"
@@ -238,12 +270,17 @@ class FastPass:
         assert images is network.images
         network.labels.copy_(labels)
         network.seed.fill_(seed)
-        network.head()
+        with self.named("forward, and backward to fc6"):  # a graph each
+            network.head()
+        self.right = network.right
         if network.frozen:
-            self._strategy.reduce(network.head_gradients)
+            with self.named("allreduce"):
+                self._strategy.reduce(network.head_gradients)
             return network.loss
         self._head_done.record()
-        network.tail()
-        self._strategy.reduce(network.head_gradients, self._head_done)
-        self._strategy.reduce(network.tail_gradients)
+        with self.named("backward"):
+            network.tail()
+        with self.named("allreduce"):
+            self._strategy.reduce(network.head_gradients, self._head_done)
+            self._strategy.reduce(network.tail_gradients)
         return network.loss

@@ -149,7 +149,7 @@ def test_the_commands_are_all_that_there_are():
     files = [path for package in ("job", "shards") for path in (ROOT / package).rglob("*.py")]
     files = [path for path in files if '__name__ == "__main__"' in path.read_text() or path.stem == "__main__"]
     found = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__") for path in files}
-    found.remove("job.batches.reader")  # which Loader starts
+    found -= {"job.batches.reader", "job.tracking.child"}  # which Loader and --track start
     assert found == {command.split()[0] for command in COMMANDS}
 
 

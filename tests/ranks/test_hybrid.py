@@ -21,6 +21,11 @@ def losses(run):
     return [line["loss"] for line in metrics(run, "train")]
 
 
+def right(run):
+    """Training images that were right, by step."""
+    return [round(24 * line["top1"]) for line in metrics(run, "train")]
+
+
 def state(run):
     return torch.load(sorted((run / "checkpoints").glob("step-*.pt"))[-1], weights_only=True)
 
@@ -48,6 +53,7 @@ def test_losses_and_weights_are_those_of_gradients(demo_data, tmp_path, ranks, g
     train(0, demo_data, tmp_path / "gradients")
     train(ranks, demo_data, tmp_path / "hybrid", "--parallel", "hybrid", gloo=gloo)
     assert losses(tmp_path / "hybrid") == pytest.approx(losses(tmp_path / "gradients"), rel=2e-5)
+    assert right(tmp_path / "hybrid") == pytest.approx(right(tmp_path / "gradients"), abs=1)  # two scores may be equal
     same_network(state(tmp_path / "gradients"), state(tmp_path / "hybrid"))
 
 
