@@ -11,9 +11,6 @@ README.md beside it:
 - the whole step in two CUDA graphs: the gradients of fc6 to fc8 can be on the wire while the second runs.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -35,37 +32,10 @@ from job.fast.operations import (
 )
 from job.network.alexnet import LRN_ALPHA, LRN_BETA, LRN_K, AlexNet
 from job.network.sgd import aligned
-from shards.machine.caches import triton_lacks
 
 _LRN = dict(LRN_K=LRN_K, LRN_ALPHA=LRN_ALPHA, LRN_BETA=LRN_BETA)
 _IMAGE_PROGRAMS = 4  # Triton programs per image in kernels that also sum gradients of biases
 _BLOCK = 4  # side of conv1's blocks in pixels: its stride
-
-
-def unsupported(device: torch.device) -> str:
-    """Why the fast path cannot run on a device, or an empty string. Does not launch anything on the device."""
-    if device.type != "cuda":
-        return "it needs a CUDA GPU"
-    if torch.version.hip:
-        return "it is made for NVIDIA's GPUs"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} has no bf16 tensor cores (compute capability 8.0)"
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"Triton cannot be imported ({error}); pip install triton"
-    return triton_lacks()
-
-
-def lacks(settings: Mapping[str, Any]) -> str:
-    """Why the fast path has no kernels for these settings, by option name, or an empty string."""
-    if settings.get("parallel") == "hybrid":
-        return "--parallel hybrid has none"
-    if settings.get("model.layout", "alexnet") != "alexnet":
-        return f"--model.layout {settings['model.layout']} has none"
-    if settings.get("freeze") == "conv" and settings.get("model.batch-norm"):
-        return "--freeze conv has none with batch normalisation"
-    return ""
 
 
 class Network:

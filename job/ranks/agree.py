@@ -18,7 +18,7 @@ import horovod.torch as hvd
 import torch
 from PIL import features
 
-from job.fast import network as fast
+from job.fast import support as fast
 from shards.errors import InputError, see
 from shards.machine.cores import cores_given
 from shards.machine.facts import code_version

@@ -17,6 +17,7 @@ from torch import Tensor
 from job.batches.device import prepare
 from job.config import Config, to_flat
 from job.fast import network as fast
+from job.fast import support
 from job.network.alexnet import AlexNet, build
 from job.network.precision import set_precision
 from job.network.sgd import LARS, FusedSGD, MomentumSGD, parameter_groups
@@ -252,7 +253,7 @@ class FastPass:
     right: Tensor
 
     def __init__(self, config: Config, model: AlexNet, strategy: Strategy, mean: Tensor | None, images: int):
-        assert not fast.lacks(to_flat(config)), "job.ranks.agree chooses the plain kernels for these settings"
+        assert not support.lacks(to_flat(config)), "job.ranks.agree chooses the plain kernels for these settings"
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self._network = fast.Network(model, images, dtype)
         self._strategy, self._mean = strategy, mean

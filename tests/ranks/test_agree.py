@@ -15,7 +15,7 @@ import torch
 
 from job.batches.data import split_facts
 from job.config import Config, to_flat
-from job.fast import network as fast
+from job.fast import support as fast
 from job.ranks import agree, heartbeat
 from job.run import progress
 from job.run import step as passes
