@@ -127,7 +127,12 @@ def test_bus_bandwidth_of_four_ranks_is_one_and_a_half_times_size_over_time(four
 
 
 COMMANDS = [
-    *(f"job.{name}" for name in ("train", "evaluate", "export", "doctor", "watch", "scaling", "bench")),
+    "job",
+    "shards",
+    *(
+        f"job.{name}"
+        for name in ("train", "watch", "evaluate", "predict", "look", "export", "doctor", "scaling", "bench")
+    ),
     *(f"shards.{name}" for name in ("pack", "index", "verify")),
     *(f"job.scaling {name}" for name in ("run", "report", "predict")),
     *(f"job.bench {name}" for name in ("loader", "compute", "allreduce", "train")),

@@ -441,7 +441,7 @@ def test_no_python(bare_path, tmp_path):
         (["--frobnicate"], ["--frobnicate", "--help"]),
         (["--mpi", "mpich"], ["--mpi mpich", "auto, system, wheel"]),
         (["--cuda"], ["--cuda needs a value"]),
-        (["--extras", "tests"], ["--extras tests", "test, plots, export"]),
+        (["--extras", "tests"], ["--extras tests", "test, track, plots, export"]),
     ],
 )
 def test_wrong_options(tmp_path, arguments, words):
