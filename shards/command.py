@@ -53,10 +53,11 @@ def say_commands(package: str, commands: dict[str, str]) -> None:
         if words[0] in commands:
             raise InputError(f"commands are written with a dot: python -m {package}.{words[0]}")
         raise InputError(f"no command {words[0]}{nearest(words[0], list(commands))}; python -m {package} lists them")
+    print(f"usage: python -m {package}.COMMAND ...\n")
     width = max(map(len, commands)) + len(f"python -m {package}.")
     for name, what in commands.items():
         print(f"{f'python -m {package}.{name}':<{width}}  {what}")
-    print("Each explains its options with --help.")
+    print("\nEach explains its options with --help.")
 
 
 def drop_output() -> None:
