@@ -17,6 +17,7 @@ REQUIRES = [
     "pyyaml>=6.0",  # recipes
     "tensorboard>=2.21",  # torch.utils.tensorboard writes through it; older ones do not start beside setuptools 82
     "psutil>=5.9",  # memory and cores of a node
+    "nvidia-ml-py>=12.535",  # NVML: energy and use of a GPU; pure Python, 50 KB
 ]
 
 # What Horovod needs; slurm/install.sh installs it without its dependencies, so that pip leaves the torch here alone.
@@ -28,13 +29,22 @@ EXTRAS = {
         "pytest-xdist>=3.6",  # two files of tests at a time
         "hypothesis>=6.100",  # the invariants of the data stream are properties
         "ruff>=0.8",  # style check
+        # Its AlexNet, to which the recipe torchvision is compared. Each version needs one version of torch: the
+        # set-up takes the one for the torch that is installed, or goes on without it.
+        "torchvision>=0.26,<0.30",
+        "wandb>=0.19",  # --track, offline
+        "mlflow-skinny>=2.20",  # --track, into a folder
         # Interprets the GPU kernels on a CPU. (CUDA's torch brings its own.)
         "triton>=3.5; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],
+    "track": [
+        "wandb>=0.19",  # --track wandb
+        "mlflow-skinny>=2.20",  # --track mlflow: the client alone, 3 MB in place of 200 with server and databases
+    ],
     "plots": [
-        "matplotlib>=3.8",  # figures of the scaling report
-        "scipy>=1.12",  # its performance model
-        "jinja2>=3.1",  # its page
+        "matplotlib>=3.8",  # figures of the scaling report and of job.look
+        "scipy>=1.12",  # the performance model
+        "jinja2>=3.1",  # the pages of both
     ],
     "export": [
         "onnx>=1.16",  # the format itself, and its checker
@@ -55,7 +65,7 @@ if __name__ == "__main__":  # slurm/install.sh imports the lists above
         python_requires=PYTHONS,
         packages=find_packages(include=["job*", "shards*"]),
         package_data={
-            "job": ["recipes/*.yaml", "scaling/*.yaml", "scaling/*.csv", "scaling/*.j2", "*.sh"],
+            "job": ["recipes/*.yaml", "scaling/*.yaml", "scaling/*.csv", "scaling/*.j2", "look/*.j2", "*.sh"],
             "shards": ["demo/*", "read/jpeg.c"],
         },
         install_requires=[TORCH_RANGE, *REQUIRES],

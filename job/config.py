@@ -12,6 +12,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from job.tracking import tracker
 from shards.command import Parser
 from shards.errors import InputError, nearest
 from shards.machine.files import write_whole
@@ -28,8 +29,13 @@ def setting(default: Any, help: str) -> Any:
 class Model:
     """Settings of the network: `--model.*`."""
 
+    layout: Literal["alexnet", "torchvision"] = setting(
+        "alexnet", "sizes of the layers: the article's, with two groups; torchvision: those of its models.alexnet"
+    )
     lrn: Literal["after-pool", "before-pool", "none"] = setting("after-pool", "place of local response normalisation")
-    dropout: float = setting(0.5, "probability with which fc6 and fc7 outputs are dropped")
+    dropout: float = setting(
+        0.5, "probability with which the outputs of fc6 and fc7 are dropped; layout torchvision: their inputs"
+    )
     width: float = setting(1.0, "factor on the channels of every hidden layer")
     batch_norm: bool = setting(False, "batch normalisation of the convolutions' outputs and of the last pool's")
     classes: int = setting(0, "number of classes; 0: as many as the shards name")
@@ -45,6 +51,7 @@ class Optim:
     momentum: float = setting(0.9, "momentum of SGD")
     weight_decay: float = setting(5e-4, "weight decay on weights; biases and batch normalisation have none")
     bias_lr: float = setting(2.0, "factor on the learning rate for biases and batch normalisation")
+    new_lr: float = setting(1.0, "factor on the learning rate of fc8, which is often new after --init")
     schedule: Literal["step", "cosine", "poly", "constant"] = setting("step", "how the learning rate falls")
     step_epochs: int = setting(20, "schedule step: epochs between two drops")
     step_factor: float = setting(0.1, "schedule step: factor of one drop")
@@ -67,6 +74,9 @@ class Data:
 class Metrics:
     """Settings of the metrics: `--metrics.*`."""
 
+    prices: str = setting(
+        "", "file with grams_co2_per_kwh, for the CO2 of the energy; default job/scaling/prices.yaml, the example"
+    )
     textfile: str = setting("", "file for the textfile collector of Prometheus' node_exporter, say DIR/train.prom")
 
 
@@ -93,10 +103,19 @@ class Config:
     wire: Literal["fp32", "fp16"] = setting(
         "fp32", "parallel gradients: type in which gradients travel; fp16 halves the bytes and rounds them"
     )
+    init: str = setting(
+        "",
+        "file whose weights a new run begins with: a run directory or checkpoint of job.train, its safetensors export, "
+        "or torchvision's AlexNet; fc8 begins anew where the classes differ; see resume",
+    )
+    freeze: Literal["none", "conv"] = setting(
+        "none", "conv: conv1 to conv5 keep their weights, and batch normalisation its statistics; fc6 to fc8 learn"
+    )
     resume: str = setting(
         "auto",
-        "auto: newest good checkpoint of the run directory; none: start anew; or a file to start from; none and a file "
-        "only while the run directory has no checkpoint",
+        "auto: newest good checkpoint of the run directory; none: start anew; or a checkpoint to go on from, with its "
+        "step, momentum and order of samples (--init takes weights only); none and a file, like --init, count only "
+        "while the run directory has no checkpoint",
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU for each rank where there is one")
     precision: Literal["fp32", "tf32", "bf16"] = setting(
@@ -114,8 +133,15 @@ class Config:
     eval_every: int = setting(1, "epochs between validations; 0: none, and no validation shards are needed")
     commit_every: int = setting(50, "elastic training: steps between copies of the state that ranks go on from")
     log_every: int = setting(20, "steps between two lines of metrics")
+    track: str = setting(
+        "tensorboard",
+        "where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, several with commas, or none",
+    )
     timeline: bool = setting(False, "write Horovod's timeline to timeline.json of the run directory (chrome://tracing)")
     profile: int = setting(0, "steps of rank 0 to trace with torch's profiler, into profile.json of the run directory")
+    profile_nvtx: bool = setting(
+        False, "mark data, forward, backward, allreduce and update of each step for NVIDIA's profiler nsys"
+    )
     model: Model = field(default_factory=Model)
     optim: Optim = field(default_factory=Optim)
     stream: Data = field(default_factory=Data, metadata={"prefix": "data"})
@@ -139,8 +165,9 @@ ONLY_WITH = {
 # change, too, except with SCHEDULES_TO_THE_END. Device and kernels decide how sums are rounded and which units dropout
 # drops: when they change, that is reported.
 MAY_CHANGE = frozenset(
-    "recipe data out max-steps workers resume device checkpoint-every checkpoint-keep eval-every commit-every "
-    "log-every kernels timeline profile metrics.textfile data.max-bad-fraction".split()
+    "recipe data out max-steps workers init resume device checkpoint-every checkpoint-keep eval-every commit-every "
+    "log-every track kernels timeline profile profile-nvtx metrics.prices metrics.textfile "
+    "data.max-bad-fraction".split()
 )
 
 
@@ -317,6 +344,7 @@ def check(config: Config) -> None:
         ("model.width", 0 < config.model.width <= 16, "above 0, up to 16"),
         ("model.classes", config.model.classes >= 0, "0 or more"),
         ("optim.lr", 0 <= config.optim.lr < float("inf"), "0 or more"),
+        ("optim.new-lr", 0 < config.optim.new_lr < float("inf"), "above 0"),
         ("optim.lars-trust", 0 < config.optim.lars_trust < float("inf"), "above 0"),
         ("optim.momentum", 0 <= config.optim.momentum < 1, "from 0 to below 1"),
         ("optim.weight-decay", 0 <= config.optim.weight_decay < float("inf"), "0 or more"),
@@ -330,6 +358,17 @@ def check(config: Config) -> None:
     for name, good, wanted in limits:
         if not good:
             raise InputError(f"--{name} is {to_flat(config)[name]}; it must be {wanted}")
+    if config.init and config.resume not in ("auto", "none"):
+        raise InputError(
+            "--init and --resume FILE both say what a run begins with; give --init to begin at step 0 with the weights "
+            "of a file, or --resume to go on with its step and momentum"
+        )
+    if config.model.layout == "torchvision" and (config.model.lrn != "none" or config.model.batch_norm):
+        raise InputError(
+            "--model.layout torchvision has no LRN and no batch normalisation; add --model.lrn none "
+            "--model.batch-norm false, or use --recipe torchvision"
+        )
+    tracker.parse(config.track)
     if config.parallel == "hybrid" and config.optim.kind == "lars":
         raise InputError(
             "LARS needs the norm of a whole layer, and with --parallel hybrid no rank has one; use gradients"

@@ -1,7 +1,8 @@
-"""Export of a trained network for other frameworks: ONNX, or safetensors.
+"""Export of a trained network for other frameworks: ONNX, safetensors, or torchvision's `models.alexnet`.
 
-In: a checkpoint of job.train. Out: an .onnx file that takes RGB pixels 0..255 and subtracts the mean image itself, or a
-.safetensors file of the weights with what is needed to use them in its metadata.
+In: a checkpoint of job.train. Out: an .onnx file that takes RGB pixels 0..255 and subtracts the mean image itself; a
+.safetensors file of the weights with what is needed to use them in its metadata; or a .pth file of weights under
+torchvision's names.
 """
 
 import argparse
@@ -12,8 +13,10 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
+from job.inference.options import add_network
 from shards.command import Parser, run
 from shards.errors import InputError
+from shards.machine.files import check_writable
 
 if TYPE_CHECKING:
     from job.network.alexnet import AlexNet
@@ -23,8 +26,8 @@ if TYPE_CHECKING:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
     parser = Parser(prog="python -m job.export", description="Export a trained network for other frameworks.")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint file, or run directory (its newest)")
-    parser.add_argument("--format", required=True, choices=("onnx", "safetensors"))
+    add_network(parser)
+    parser.add_argument("--format", required=True, choices=("onnx", "safetensors", "torchvision"))
     parser.add_argument("--out", required=True, metavar="FILE", help="file to write")
     return parser.parse_args(arguments)
 
@@ -75,21 +78,44 @@ def export_safetensors(state: "RunState", model: "AlexNet", path: str) -> None:
     save_file({**model.state_dict(), "mean": state.mean}, path, metadata={"format": "pt", **metadata})
 
 
+def export_torchvision(state: "RunState", model: "AlexNet", path: str) -> None:
+    """Write a state dict for `torchvision.models.alexnet(num_classes=N)`, whose input is normalised as theirs."""
+    import torch
+
+    from job.network.torchvision import to_torchvision
+
+    torch.save(to_torchvision(model.state_dict()), path)
+
+
+def check_torchvision(state: "RunState", path: str) -> None:
+    """Raise InputError unless torchvision's `models.alexnet` has the layers of a checkpoint."""
+    layout, width = (
+        state.config.get(f"model.{name}", value) for name, value in (("layout", "alexnet"), ("width", 1.0))
+    )
+    if layout != "torchvision" or width != 1:
+        what = f"--model.width {width}" if layout == "torchvision" else f"--model.layout {layout}"
+        raise InputError(
+            f"{path} is a network of {what}, which torchvision does not have; train with --recipe torchvision, or "
+            "export to onnx or safetensors"
+        )
+
+
 def main() -> None:
     """The command."""
     options = parse()
-    folder = os.path.dirname(os.path.abspath(options.out))
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write {options.out}: {folder} is not a folder that can be written")
+    check_writable(options.out)
     from job.run import checkpoint
 
-    path, state = checkpoint.load_named(options.checkpoint)
+    path, state = checkpoint.load_named(options.run, options.checkpoint)
+    if options.format == "torchvision":
+        check_torchvision(state, path)
     size = sum(value.numel() for value in state.model.values())
     print(f"{path}: writing {size:,} weights as {options.format} ...", file=sys.stderr, flush=True)
     model = checkpoint.network(state, path)
     temporary = f"{options.out}.{os.getpid()}.tmp"
     try:
-        {"onnx": export_onnx, "safetensors": export_safetensors}[options.format](state, model, temporary)
+        formats = {"onnx": export_onnx, "safetensors": export_safetensors, "torchvision": export_torchvision}
+        formats[options.format](state, model, temporary)
         os.replace(temporary, options.out)
     except OSError as error:
         raise InputError(f"cannot write {options.out}: {error.strerror or error}") from None

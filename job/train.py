@@ -34,12 +34,13 @@ def train(config: Config, memory: "Memory") -> None:
 
     from job.batches.data import make_loaders, open_data
     from job.batches.device import load_mean, mean_crop
+    from job.network.torchvision import mean_colour
     from job.ranks import heartbeat
     from job.ranks.agree import agree
     from job.ranks.process import stop_signals
     from job.run.log import RunLog
     from job.run.loop import Extent, Loop
-    from job.run.resume import find_resume, leave_behind, new_state
+    from job.run.resume import find_resume, leave_behind, new_state, remember_start
     from job.run.step import Step
 
     began, rank, ranks = time.time(), hvd.rank(), hvd.size()
@@ -50,23 +51,25 @@ def train(config: Config, memory: "Memory") -> None:
     agreed = agree(settings.to_flat(config), lambda: open_data(config, ranks))
     device, kernels, data = agreed.device, agreed.kernels, agreed.found
     config = settings.with_classes(config, data.classes)
-    mean = load_mean(data.train, device)
+    mean = mean_colour(device) if config.model.layout == "torchvision" else load_mean(data.train, device)
     extent = Extent.of(config, data.train.nsamples)
 
     # The run directory; and where to resume, when it holds a run that was interrupted.
     log = RunLog(config.out, active=rank == 0)
     new = new_state(config, data.train, mean_crop(mean, config.image_size), f"{kernels} kernels on {device.type}")
     state = (memory.resume() or find_resume(new, config, data.train, log)) if rank == 0 else new
+    remember_start(state, new, config)
     start = hvd.broadcast_object(state.summary(), name="resume")
     if start.step >= extent.last and not start.owed:
         log.say(already_finished(config, start.step, extent.last))
         return
     if rank == 0:
         leave_behind(start, config, log)
-    log.open(start.step)
+    log.open(start.step, config.track, settings.to_flat(config))
     about = {"world_size": ranks, "last_step": extent.last, "slurm_job": os.environ.get("SLURM_JOB_ID")}
     about |= {"after": memory.reason} if memory.reason else {}
-    log.write("event", start.step, extent.epoch(start.step), event="start", **about)
+    about |= {"init": new.init["file"], "init_sha256": new.init["sha256"]} if new.init else {}
+    log.write("event", start.step, extent.epoch(start.step), event="start", **about, **log.joules)
     if config.timeline:
         hvd.start_timeline(log.path("timeline.json"))
 
@@ -111,6 +114,10 @@ def already_finished(config: Config, step: int, last_step: int) -> str:
 def main() -> None:
     """The command."""
     config = settings.parse(None, "python -m job.train", DESCRIPTION)
+    if config.metrics.prices:
+        from job.scaling.cost import load_prices  # not at the top: --help works without PyYAML, too
+
+        load_prices(config.metrics.prices)  # a mistake in the file is reported at once
     if config.timeline:
         os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # lets a timeline begin once the run directory is there
     if config.deterministic:

@@ -14,6 +14,7 @@ import sys
 import time
 from typing import Any
 
+from job.usage import words
 from shards.command import Parser, run
 from shards.errors import InputError, printable
 from shards.machine.progress import duration
@@ -23,6 +24,7 @@ REFRESH_SECONDS = 2.0
 QUIET_SECONDS, QUIET_FACTOR = 90.0, 5
 RECENT = 20  # lines of metrics that the present speed is computed from
 STATES = ("start", "done", "stopped", "diverged", "hang")  # events that change the state of a run
+ENERGY = ("gpu_joules", "cpu_joules", "kwh", "co2_grams")  # of the whole run
 PLOT_WIDTH, PLOT_HEIGHT = 72, 10
 
 
@@ -110,6 +112,7 @@ def describe(folder: str, now: float) -> dict[str, Any]:
         "epoch": max((line["epoch"] for line in since), default=0),
         "eta_seconds": (last - step) * pace if pace and status == "running" else None,
         "loss": newest.get("loss"),
+        "train_top1": newest.get("top1"),
         "top1": val[-1]["top1"] if val else None,
         "top5": val[-1]["top5"] if val else None,
         "best_top1": max((line["top1"] for line in val), default=None),
@@ -121,6 +124,7 @@ def describe(folder: str, now: float) -> dict[str, Any]:
         "slowest_factor": newest.get("slowest_factor"),
         "gpu_memory_bytes": newest.get("gpu_memory_bytes"),
         "gpu_utilisation": newest.get("gpu_utilisation"),
+        **_usage(part, newest, summary if status in ("done", "stopped") else {}),
         "bad_samples": sum(line.get("bad_samples", 0) for line in train),
         "restarts": max(0, len(starts) - 1),
         "stops": sum(e["event"] == "stopped" for e in events),
@@ -129,7 +133,20 @@ def describe(folder: str, now: float) -> dict[str, Any]:
         "curves": {
             "loss": [[line["step"], line["loss"]] for line in train if line.get("loss") is not None],
             "top1": [[line["step"], line["top1"]] for line in val],
+            "train_top1": [[line["step"], line["top1"]] for line in train if line.get("top1") is not None],
         },
+    }
+
+
+def _usage(part: list[dict[str, Any]], newest: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
+    """FLOP rate and energy; None: not known. At the end the summary counts, which has what came after the last line."""
+    each = [line["joules_per_image"] for line in part if line.get("joules_per_image") is not None]
+    drawn = summary.get("energy") or newest
+    return {
+        "flops_per_second": newest.get("flops_per_second"),
+        "peak_fraction": newest.get("peak_fraction"),
+        "joules_per_image": each[-1] if each else None,
+        **{name: drawn.get(name) for name in ENERGY},
     }
 
 
@@ -175,7 +192,8 @@ def page(about: dict[str, Any]) -> str:
         ends = time.strftime("%a %H:%M", time.localtime(time.time() + about["eta_seconds"]))
         rows.append(("left", f"{duration(about['eta_seconds'])}, until {ends}"))
     if about["loss"] is not None:
-        rows.append(("loss", f"{about['loss']:.4f}"))
+        top1 = f", top-1 {about['train_top1']:.2%}" if about["train_top1"] is not None else ""
+        rows.append(("training", f"loss {about['loss']:.4f}{top1}"))
     if about["top1"] is not None:
         accuracy = f"top-1 {about['top1']:.2%}, top-5 {about['top5']:.2%}, best top-1 {about['best_top1']:.2%}"
         rows.append(("validation", accuracy))
@@ -193,6 +211,10 @@ def page(about: dict[str, Any]) -> str:
     if about["gpu_memory_bytes"]:
         use = f", {about['gpu_utilisation']:.0%} busy" if about["gpu_utilisation"] is not None else ""
         rows.append(("GPU", f"{about['gpu_memory_bytes'] / 2**30:.1f} GiB of memory at most{use}"))
+    if about["flops_per_second"]:
+        rows.append(("FLOP rate", words.flops(about)))
+    if about["step"]:
+        rows.append(("energy", words.energy(about)))
     if about["bad_samples"]:
         rows.append(("bad samples", f"{about['bad_samples']}, replaced"))
     rows.append(("restarts", f"{about['restarts']}; stopped on request {about['stops']} times"))

@@ -46,6 +46,20 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
 
+def say_commands(package: str, commands: dict[str, str]) -> None:
+    """Print the commands of a package, name -> what it does. Raises InputError for words on the command line."""
+    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
+    if words:
+        if words[0] in commands:
+            raise InputError(f"commands are written with a dot: python -m {package}.{words[0]}")
+        raise InputError(f"no command {words[0]}{nearest(words[0], list(commands))}; python -m {package} lists them")
+    print(f"usage: python -m {package}.COMMAND ...\n")
+    width = max(map(len, commands)) + len(f"python -m {package}.")
+    for name, what in commands.items():
+        print(f"{f'python -m {package}.{name}':<{width}}  {what}")
+    print("\nEach explains its options with --help.")
+
+
 def drop_output() -> None:
     """Discard what is printed from now on: the reader of our output (head, less) has ended."""
     nowhere = os.open(os.devnull, os.O_WRONLY)

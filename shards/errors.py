@@ -34,6 +34,11 @@ class InputError(Exception):
         self.everywhere = everywhere
 
 
+def see(row: str) -> str:
+    """The end of a message about the machine: the row of the doctor's report that says more."""
+    return f"(python -m job.doctor, row `{row}`)"
+
+
 def printable(text: str) -> str:
     """Text with escapes for what cannot be printed: names in an archive may hold control codes of a terminal."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -9,7 +9,7 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 # shellcheck source-path=SCRIPTDIR source=site.sh
-source slurm/site.sh
+source slurm/site.sh || exit 2
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -f .venv/bin/activate ]; then
     # shellcheck disable=SC1091
     source .venv/bin/activate

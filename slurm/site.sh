@@ -1,7 +1,18 @@
 # Settings of your cluster: edit this file once. The job scripts of this folder read it on the compute node. sbatch itself
 # reads the SBATCH_ variables, so source this file in your shell before sbatch too (cd REPOSITORY; source slurm/site.sh).
 # A variable that is already set is kept: LAUNCHER=srun sbatch slurm/train.sh ...
+# On a machine of slurm/sites (ls slurm/sites), `export SITE=perlmutter` before that sets most of it.
 # shellcheck shell=bash disable=SC2034
+if [ "${SITE:-}" ]; then
+    _sites=$(dirname "${BASH_SOURCE[0]:-$0}")/sites
+    if [[ $SITE == */* ]] || [ ! -f "$_sites/$SITE.sh" ]; then
+        echo "error: SITE=$SITE is not one of$(cd "$_sites" && printf ' %s' *.sh | sed 's/\.sh//g')" >&2
+        return 2
+    fi
+    # shellcheck disable=SC1090
+    source "$_sites/$SITE.sh"
+    unset _sites
+fi
 
 # Modules: the compiler, the MPI and, for GPUs, CUDA that were loaded when slurm/install.sh ran.
 #module load gcc/12 openmpi/5 cuda/12

@@ -62,3 +62,13 @@ def demo_data(tmp_path_factory):
     done = python("shards.pack", "shards/demo", str(folder), "--resize", "70")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_run(demo_data, tmp_path_factory):
+    """Run directory of a small network, trained for two epochs of the demo data on one rank; tests only read it."""
+    out = tmp_path_factory.mktemp("demo") / "run"
+    small = ["--recipe", "demo", "--model.width", "0.25", "--epochs", "2", "--log-every", "10"]
+    done = python("job.train", *small, "--data", str(demo_data), "--out", str(out), "--workers", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out

@@ -1,5 +1,6 @@
 """Start commands of the project as a user would, with a time limit that leaves nothing behind."""
 
+import importlib.util
 import json
 import os
 import re
@@ -7,7 +8,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+_KEPT: list[Any] = []
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -56,3 +59,24 @@ def metrics(run_directory: Path, kind: str) -> list[dict]:
     """Lines of one kind of a run's metrics.jsonl."""
     lines = (Path(run_directory) / "metrics.jsonl").read_text().splitlines()
     return [fields for line in lines if (fields := json.loads(line))["kind"] == kind]
+
+
+def import_torchvision():
+    """Torchvision; the test is skipped where there is none for the torch here.
+
+    Its compiled operators need the libraries of CUDA. Where they cannot be loaded, as beside a torch for CPUs, two of
+    them must at least be declared, and nothing here calls them.
+    """
+    import pytest
+    import torch
+
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed: there is none for this torch")
+    if "torchvision" not in sys.modules and not torch.version.cuda:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _KEPT.append(library)  # the declarations end with it
+    import torchvision
+
+    return torchvision

@@ -8,6 +8,8 @@ import hashlib
 import os
 from collections.abc import Sequence
 
+import torch
+
 from job.batches import synthetic
 from job.batches.device import load_mean
 from job.batches.loader import Loader
@@ -113,6 +115,32 @@ def match_size(split: Split, crop: int, trained: Sequence[int] = (0, 0)) -> str:
             "part of them, and accuracy suffers; pack both with the same --resize"
         )
     return ""
+
+
+def match_classes(split: Split, known: Sequence[str], classes: int, path: str) -> torch.Tensor | None:
+    """The network's label for each label of `split`, int64, or None where they are the same.
+
+    Args:
+        known: names of the network's classes; empty: not known.
+        classes: outputs of the network.
+
+    Raises:
+        InputError: the split has a class that the network does not know, or more classes than it.
+    """
+    names, known = list(split.classes), list(known)
+    where = f"{split.name} of {split.root}"
+    if names and known and names != known:
+        unknown = next((name for name in names if known.count(name) != 1), None)
+        if unknown is not None:
+            raise InputError(
+                f"{where} has the class {unknown!r}, which is not one of the {len(known)} of {path}; give shards with "
+                "the names of classes that it was trained on, or correct `classes` in the index"
+            )
+        return torch.tensor([known.index(name) for name in names])
+    largest = len(names) or int(load_labels(split).max()) + 1
+    if largest > classes:
+        raise InputError(f"{where} has {largest} classes, the network of {path} has {classes}")
+    return None
 
 
 def make_loaders(

@@ -16,13 +16,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from job.batches import order
 from job.batches.reader import BAD, Decoder, ReaderConfig, Slots
 from job.batches.workers import Workers, default_workers, worker_cores
-from shards.errors import InputError
+from shards.errors import InputError, see
 from shards.format.split import BARE, Split, load_labels
 from shards.format.tar import BLOCK, refuse_foreign
 from shards.machine.files import check_regular, is_remote
+from shards.read import order
 from shards.read.images import slow_decoder
 
 # Batches that are read ahead of the one that is asked for; and batches that the caller may still be using: the current
@@ -190,7 +190,7 @@ class Loader:
         # Asked for by the rank first: the decoder may have to be compiled, and then the workers find it.
         slow = slow_decoder() if split.encoding not in BARE else ""
         if slow and rank == 0 and train:
-            log.warning("%s", slow)
+            log.warning("%s %s", slow, see("decoder"))
         self._workers = Workers(workers, self._memory.descriptor, self._memory.sizes, rank, self._decoder.name_at)
         if workers:
             self._feed()
@@ -217,6 +217,11 @@ class Loader:
             raise TypeError("training has no last batch")
         own = len(range(self._rank, self.split.nsamples, self._world_size))
         return -(-own // self._config.rows)
+
+    def validation_samples(self, number: int) -> np.ndarray:
+        """Numbers in the split of the samples in this rank's batch `number` of a validation: int64 (n,)."""
+        first = number * self._config.rows * self._world_size + self._rank
+        return np.arange(first, self.split.nsamples, self._world_size, dtype=np.int64)[: self._config.rows]
 
     def __iter__(self) -> "Loader":
         if not self._train and self._next_batch != self._start:
@@ -285,8 +290,7 @@ class Loader:
             positions = order.batch_positions(number, self._rank, self._world_size, self._global_batch)
             epochs, samples = self._order.samples(positions)
         else:
-            first = number * self._config.rows * self._world_size + self._rank
-            samples = np.arange(first, split.nsamples, self._world_size, dtype=np.int64)[: self._config.rows]
+            samples = self.validation_samples(number)
             if not samples.size:
                 return False
             epochs = np.zeros_like(samples)
@@ -328,7 +332,8 @@ class Loader:
                 stalled = time.monotonic() - came
                 if stalled > max(self._stall_error, min(_SLOW_FACTOR * self._longest_wait, _STALL_ERROR_REMOTE)):
                     raise InputError(
-                        f"no image came for {stalled:.0f} s: {self._workers.at_work()}; its file system hangs",
+                        f"no image came for {stalled:.0f} s: {self._workers.at_work()}; its file system hangs "
+                        f"{see('data')}",
                         everywhere=False,
                     )
                 if stalled > _STALL_WARNING and not warned:

@@ -19,15 +19,21 @@ import traceback
 
 import numpy as np
 
-from job.batches.order import crop_corner
 from shards.errors import InputError
 from shards.format.split import BARE, Shard, Split
 from shards.read import fastjpeg, planes
-from shards.read.images import BadImage, as_rgb, decode, fit_image, simplejpeg
+from shards.read.images import BadImage, as_rgb, cover, decode, fit_image, simplejpeg
+from shards.read.order import crop_corner
 from shards.read.reader import DamagedSample, ShardReader
 
 # Short side to which images without a fixed size are scaled, relative to the crop: like 256 to AlexNet's 227.
 _RESIZE = 256 / 227
+
+
+def short_side(crop: int) -> int:
+    """Pixels to which the shorter side of an image is scaled, where the images of a split differ in size."""
+    return max(crop, round(crop * _RESIZE))
+
 
 # Messages, both ways in one SOCK_SEQPACKET each: what, slot, first row, rows (BAD: sample number), and text.
 _HEAD = struct.Struct("<4q")
@@ -221,7 +227,7 @@ class Decoder:
                 images[slot, row] = self._pixels(data)[top : top + crop, left : left + crop]
             return
         target = images[slot, row]
-        size = max(crop, round(crop * _RESIZE))
+        size = short_side(crop)
         image = decode(data, size)
         image = as_rgb(fit_image(image, size, "none"))
         height, width = image.shape[:2]
@@ -247,12 +253,7 @@ class Decoder:
                 pass  # not a JPEG, larger than the others, or damaged: `decode` finds out which
         height, width = self._fixed
         image = decode(bytes(data), max(height, width))
-        if image.shape[:2] != self._fixed:  # of another size than the rest: its middle, scaled to cover the common size
-            scale = max(height / image.shape[0], width / image.shape[1])
-            image = fit_image(image, max(min(height, width), round(min(image.shape[:2]) * scale)), "none")
-            top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
-            image = image[top : top + height, left : left + width]
-        return as_rgb(image)
+        return as_rgb(cover(image, height, width))  # it may be of another size than the rest
 
 
 def main() -> None:

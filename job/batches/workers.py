@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from job.batches.reader import DONE, FAILED, WRONG_INPUT, pack_message, unpack_message
 from shards import ROOT
-from shards.errors import InputError
+from shards.errors import InputError, see
 from shards.machine.cores import cores_given
 
 # Tasks that a worker may have at once: few enough to fit into a socket's buffer for certain, so sending never blocks.
@@ -174,7 +174,8 @@ class Workers:
             raise RuntimeError(
                 f"reader processes of rank {self._rank} keep ending ({ended}), {_RESTARTS + 1} in "
                 f"{now - self._restarts[0]:.0f} s, the last at {self._first_of(worker.tasks)}; signal 9 "
-                f"mostly means that memory ran out: use fewer --workers or ask Slurm for more --mem"
+                f"mostly means that memory ran out: use fewer --workers or ask Slurm for more --mem "
+                f"{see('memory')}"
             )
         self._restarts.append(now)
         log.warning("rank %d: a reader process ended (%s); a new one does its work again", self._rank, ended)

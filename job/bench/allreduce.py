@@ -38,7 +38,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
     for number, size in enumerate(sizes, 1):
         if hvd.rank() == 0:
             line.show(f"allreduce of {size_text(size)}, size {number} of {len(sizes)}")
-        rows.append(_measure_size(size, device))
+        rows.append(measure_size(size, device))
     line.clear()
     if hvd.rank():
         return None
@@ -51,24 +51,29 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
     }
 
 
-def _measure_size(size: int, device: torch.device) -> dict[str, Any]:
-    """Median seconds and bus bandwidth (byte/s) of an allreduce of `size` bytes. All ranks call it together."""
+def measure_size(size: int, device: torch.device, group: hvd.ProcessSet | None = None) -> dict[str, Any]:
+    """Median seconds and bus bandwidth (byte/s) of an allreduce of `size` bytes.
+
+    All ranks of `group` call it together; None: all ranks.
+    """
     values = torch.ones(size // 4, device=device)
+    ranks = list(range(hvd.size())) if group is None else group.ranks
+    of_group = {} if group is None else {"process_set": group}
 
     def once() -> float:
         began = time.perf_counter()
-        hvd.allreduce_(values, op=hvd.Average, name=f"bench_{size}")
+        hvd.allreduce_(values, op=hvd.Average, name=f"bench_{size}", **of_group)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - began
 
     for _ in range(2):  # the first allocate buffers and fill Horovod's response cache
         once()
-    # All ranks make the same number of repetitions: that of rank 0.
+    # All ranks make the same number of repetitions: that of the first rank.
     count = max(_LEAST, min(_MOST, int(_SECONDS / once())))
-    count = hvd.broadcast_object(count, name=f"count_{size}")
+    count = hvd.broadcast_object(count, name=f"count_{size}", **(of_group and of_group | {"root_rank": ranks[0]}))
     seconds = statistics.median(once() for _ in range(count))
-    bandwidth = 2 * (hvd.size() - 1) / hvd.size() * size / seconds
+    bandwidth = 2 * (len(ranks) - 1) / len(ranks) * size / seconds
     return {"bytes": size, "seconds": seconds, "bus_bandwidth": bandwidth, "repetitions": count}
 
 

@@ -15,9 +15,12 @@ import horovod.torch as hvd
 import torch
 
 from job import config
+from job.network.alexnet import build
 from job.ranks import agree
 from job.run.step import Step
 from job.run.timing import StepTimer
+from job.usage import words
+from job.usage.flops import Flops
 from shards.errors import InputError
 from shards.machine.facts import cpu_and_cores, versions
 from shards.machine.progress import Progress
@@ -30,7 +33,7 @@ def measure(arguments: argparse.Namespace) -> dict | None:
         InputError: a value that no measurement can have, or no GPU where one is wanted.
     """
     settings = read_settings(arguments)
-    agreed = agree.agree(vars(arguments))
+    agreed = agree.agree({**config.to_flat(settings), **vars(arguments)})
     device, kernels = agreed.device, agreed.kernels
     steps = {"alone": make_step(settings, arguments.batch, kernels, False, device)}
     if arguments.subject == "train" and hvd.size() > 1:
@@ -40,7 +43,12 @@ def measure(arguments: argparse.Namespace) -> dict | None:
     main = "together" if "together" in steps else "alone"
     steps["timed"] = functools.partial(steps[main], StepTimer(device))
     rounds = measure_in_turns(steps, arguments, device)
-    return describe(rounds, main, settings, arguments, kernels, device) if hvd.rank() == 0 else None
+    if hvd.rank():
+        return None
+    rate = Flops(build(settings), device, settings.precision).rate
+    return describe(rounds, main, settings, arguments, kernels, device) | rate(
+        statistics.median(rounds[main]), hvd.size()
+    )
 
 
 def read_settings(arguments: argparse.Namespace) -> config.Config:
@@ -169,7 +177,7 @@ def text(result: dict) -> str:
     lines = [
         f"{result['recipe']} at {result['image_size']} px, {result['precision']}, {result['kernels']} kernels, "
         f"{result['ranks']} x {result['batch']} images per step, {result['device']}",
-        f"{result['images_per_second']:,.1f} images/s (rounds {low:,.1f} to {high:,.1f})",
+        f"{result['images_per_second']:,.1f} images/s (rounds {low:,.1f} to {high:,.1f}), {words.flops(result)}",
     ]
     if "images_per_second_plain" in result:
         plain = result["images_per_second_plain"]

@@ -196,6 +196,7 @@ def cross_entropy(
     bias,  # (C,) float32
     labels,  # int64 (N,)
     losses,  # float32 (N,)
+    right,  # float32 (N,): 1 where the label has the largest score, of equal ones the first, as torch.argmax has it
     gradient,  # (N, C): of the mean loss; may be logits
     N,
     C: tl.constexpr,
@@ -213,6 +214,7 @@ def cross_entropy(
     power = tl.exp(x)
     total = tl.sum(power, 0)
     hit = column == label
+    tl.store(right + image, tl.where(tl.min(tl.where(x == 0, column, C), 0) == label, 1.0, 0.0))
     tl.store(losses + image, tl.log(total) - tl.sum(tl.where(hit, x, 0.0), 0))
     d = (power / total - tl.where(hit, 1.0, 0.0)) / N
     tl.store(gradient + image * C + column, d.to(gradient.dtype.element_ty), mask=mask)

@@ -18,6 +18,7 @@ from job.fast.batchnorm import BatchNorm, apply_slopes
 from job.fast.operations import (
     SQUARE_TILE,
     as_rows,
+    blocks_of,
     channels_last,
     convolution,
     convolution_backward,
@@ -31,35 +32,14 @@ from job.fast.operations import (
 )
 from job.network.alexnet import LRN_ALPHA, LRN_BETA, LRN_K, AlexNet
 from job.network.sgd import aligned
-from shards.machine.caches import triton_lacks
 
 _LRN = dict(LRN_K=LRN_K, LRN_ALPHA=LRN_ALPHA, LRN_BETA=LRN_BETA)
 _IMAGE_PROGRAMS = 4  # Triton programs per image in kernels that also sum gradients of biases
 _BLOCK = 4  # side of conv1's blocks in pixels: its stride
 
 
-def unsupported(device: torch.device) -> str:
-    """Why the fast path cannot run on a device, or an empty string. Does not launch anything on the device."""
-    if device.type != "cuda":
-        return "it needs a CUDA GPU"
-    if torch.version.hip:
-        return "it is made for NVIDIA's GPUs"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} has no bf16 tensor cores (compute capability 8.0)"
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"Triton cannot be imported ({error}); pip install triton"
-    return triton_lacks()
-
-
-def blocks_of(image_size: int) -> int:
-    """Number of 4 x 4 blocks along each side of conv1's input: 57 for an image of 227 pixels."""
-    return (image_size - 11) // 4 + 3
-
-
 class Network:
-    """Forward and backward pass of one network on batches of one size.
+    """Forward and backward pass of one network, of settings that it `lacks` nothing for, on batches of one size.
 
     `job.network.sgd.FusedSGD` keeps `copies` up to date. After any other change of the parameters, call its `refresh`.
 
@@ -73,8 +53,10 @@ class Network:
         images: (batch, B, B, 48) of `dtype`, blocks of 4 x 4 pixels. `prepare` fills it, before `head`.
         labels: int64 (batch,). Fill it before `head`.
         loss: float32 scalar, the mean over the batch, after `head`.
+        right: float32 scalar, the share of images whose label has the largest score, after `head`.
         copies: parameter -> its copy in `dtype`, for fc6 to fc8; empty in float32.
         head_gradients, tail_gradients: float32, 1-D: the memory that holds all gradients made by `head`, and by `tail`.
+        frozen: the convolutions learn nothing; `tail` has nothing to do.
     """
 
     def __init__(self, model: AlexNet, batch: int, dtype: torch.dtype, graphs: bool = True):
@@ -86,9 +68,10 @@ class Network:
         self.labels = torch.zeros(batch, device=device, dtype=torch.int64)
         self.seed = torch.zeros(1, device=device, dtype=torch.int64)
         head = [p for name in ("fc8", "fc7", "fc6") for p in getattr(model, name).parameters()]
-        own = set(map(id, head))
+        own, self.frozen = set(map(id, head)), model.frozen
         self.head_gradients = _one_gradient(head)
-        self.tail_gradients = _one_gradient([p for p in reversed(list(model.parameters())) if id(p) not in own])
+        rest = [p for p in reversed(list(model.parameters())) if id(p) not in own]
+        self.tail_gradients = self.head_gradients[:0] if self.frozen else _one_gradient(rest)
         self.copies: dict[torch.nn.Parameter, Tensor] = {}
         if dtype != torch.float32:
             for parameter in (model.fc6.weight, model.fc7.weight, model.fc8.weight):
@@ -138,10 +121,10 @@ class Network:
             self._head()
 
     def tail(self) -> None:
-        """Gradients of the convolutions."""
-        if self._graphs:
+        """Gradients of the convolutions, unless they are frozen."""
+        if self._graphs and not self.frozen:
             self._graphs[1].replay()
-        else:
+        elif not self.frozen:
             self._tail()
 
     def _record(self) -> None:
@@ -152,15 +135,17 @@ class Network:
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles kernels, lets cuDNN choose
                 self._head()
-                self._tail()
+                if not self.frozen:
+                    self._tail()
         torch.cuda.current_stream(self.images.device).wait_stream(stream)
         torch.cuda.synchronize(self.images.device)
         head, tail = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # thread_local: Horovod's thread may use CUDA meanwhile.
         with torch.cuda.graph(head, capture_error_mode="thread_local"):
             self._head()
-        with torch.cuda.graph(tail, pool=head.pool(), capture_error_mode="thread_local"):
-            self._tail()
+        if not self.frozen:
+            with torch.cuda.graph(tail, pool=head.pool(), capture_error_mode="thread_local"):
+                self._tail()
         self._graphs = head, tail
         for buffer, value in before:  # undo what the warm-up did to running statistics
             buffer.copy_(value)
@@ -203,7 +188,7 @@ class Network:
         h7 = torch.mm(h6, w7.t())
         self._bias_relu_drop(h7, model.fc7.bias, 1)
         logits = torch.mm(h7, w8.t())
-        self.loss = self._cross_entropy(logits, model.fc8.bias)
+        self.loss, self.right = self._cross_entropy(logits, model.fc8.bias)
         d8 = logits  # its memory now holds the gradient
         torch.sum(d8, 0, dtype=torch.float32, out=model.fc8.bias.grad)
         weight_gradient(d8, h7, model.fc8.weight.grad)
@@ -213,7 +198,8 @@ class Network:
         d6 = torch.mm(d7, w7)
         self._relu_backward([d6], [h6], d6, model.fc6.bias.grad, dropped=True)
         weight_gradient(d6, features, model.fc6.weight.grad)
-        self._d_features = torch.mm(d6, w6)
+        if not self.frozen:
+            self._d_features = torch.mm(d6, w6)
 
     @torch.no_grad()
     def _tail(self) -> None:
@@ -466,16 +452,16 @@ class Network:
         norm.backward(partial)
         apply_slopes(out, z, norm.slopes)
 
-    def _cross_entropy(self, logits: Tensor, bias: Tensor) -> Tensor:
-        """Mean loss of a batch, (N, classes) logits without their bias; their memory gets the gradient."""
+    def _cross_entropy(self, logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss and top-1 of a batch, (N, classes) logits without their bias; their memory gets the gradient."""
         from job.fast.kernels import cross_entropy
 
         n, classes = logits.shape
-        losses = torch.empty(n, device=logits.device)
+        losses, right = torch.empty(2, n, device=logits.device)
         cross_entropy[(n,)](
-            logits, bias, self.labels, losses, logits, n, C=classes, CB=power_of_two(classes), num_warps=4
+            logits, bias, self.labels, losses, right, logits, n, C=classes, CB=power_of_two(classes), num_warps=4
         )
-        return losses.mean()
+        return losses.mean(), right.mean()
 
 
 def _one_gradient(parameters: list[torch.nn.Parameter]) -> Tensor:

@@ -29,6 +29,11 @@ def pooled_size(size: int) -> int:
     return (size - 3) // 2 + 1
 
 
+def blocks_of(image_size: int) -> int:
+    """Number of 4 x 4 blocks along each side of conv1's input: 57 for an image of 227 pixels."""
+    return (image_size - 11) // 4 + 3
+
+
 def as_rows(x: Tensor) -> Tensor:
     """(N, C, H, W) with channels last in memory, as the contiguous (N, H, W, C)."""
     return channels_last(x).permute(0, 2, 3, 1)

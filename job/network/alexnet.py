@@ -1,4 +1,5 @@
-"""AlexNet, layer by layer as Krizhevsky et al. (NIPS 2012) and theano_alexnet (arXiv:1412.2302) define it.
+"""AlexNet, layer by layer as Krizhevsky et al. (NIPS 2012) and theano_alexnet (arXiv:1412.2302) define it; and with the
+layer sizes of torchvision's `alexnet`, for weights that were published for it.
 
 In: float images (N, 3, S, S), S at least 67. Out: class scores (N, classes). Plain PyTorch, readable against the paper.
 """
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from job.config import Config
+from job.network.torchvision import PixelConv2d
 
 LRN_SIZE = 5  # neighbouring channels that are summed
 LRN_K = 2.0
@@ -39,8 +41,12 @@ def feature_size(image_size: int) -> int:
     return pooled
 
 
+# Published channels of conv1 to conv5 and of fc6 and fc7, by `model.layout`.
+CHANNELS = {"alexnet": (96, 256, 384, 384, 256, 4096), "torchvision": (64, 192, 384, 256, 256, 4096)}
+
+
 class AlexNet(nn.Module):
-    """AlexNet with its two column groups in layers 2, 4 and 5.
+    """AlexNet with its two column groups in layers 2, 4 and 5, or torchvision's.
 
     Args:
         classes: outputs of fc8.
@@ -52,6 +58,12 @@ class AlexNet(nn.Module):
             Jia et al. (arXiv:1807.11205) add one after the last pool, whose outputs they saw grow during training with
             large batches. Here: between each convolution and its ReLU, and after the last pool; none in fc6 and fc7,
             which keep their dropout. Convolutions have no biases then, since the normalisation would remove them.
+        layout: "alexnet", or "torchvision": one column, 2 pixels of padding in conv1, no LRN and no batch
+            normalisation, the last pool's output averaged to 6x6, dropout on the inputs of fc6 and fc7. Given the
+            weights of `torchvision.models.alexnet` it computes the same; see job.network.torchvision.
+
+    Attributes:
+        frozen: the layers up to the last pool keep their weights and statistics; see `freeze_features`.
     """
 
     def __init__(
@@ -62,29 +74,40 @@ class AlexNet(nn.Module):
         dropout: float = 0.5,
         width: float = 1.0,
         batch_norm: bool = False,
+        layout: str = "alexnet",
     ):
         super().__init__()
+        assert layout == "alexnet" or lrn_place == "none" and not batch_norm, "torchvision's has neither"
 
         def channels(published: int) -> int:
             return max(2, 2 * round(published * width / 2))  # even: two groups
 
-        c1, c2, c3, c4, c5, hidden = map(channels, (96, 256, 384, 384, 256, 4096))
+        c1, c2, c3, c4, c5, hidden = map(channels, CHANNELS[layout])
         norm, bias = (nn.BatchNorm2d, False) if batch_norm else (nn.Identity, True)
-        self.conv1 = nn.Conv2d(3, c1, 11, stride=4, bias=bias)  # 227 -> 55
+        groups, side = 2, feature_size(image_size)
+        if layout == "torchvision":
+            groups, side = 1, 6
+            self.conv1 = PixelConv2d(3, c1, 11, stride=4, padding=2)  # 224 -> 55
+        else:
+            self.conv1 = nn.Conv2d(3, c1, 11, stride=4, bias=bias)  # 227 -> 55
         self.norm1 = norm(c1)
-        self.conv2 = nn.Conv2d(c1, c2, 5, padding=2, groups=2, bias=bias)  # 27 -> 27
+        self.conv2 = nn.Conv2d(c1, c2, 5, padding=2, groups=groups, bias=bias)  # 27 -> 27
         self.norm2 = norm(c2)
         self.conv3 = nn.Conv2d(c2, c3, 3, padding=1, bias=bias)  # 13 -> 13
         self.norm3 = norm(c3)
-        self.conv4 = nn.Conv2d(c3, c4, 3, padding=1, groups=2, bias=bias)  # 13 -> 13
+        self.conv4 = nn.Conv2d(c3, c4, 3, padding=1, groups=groups, bias=bias)  # 13 -> 13
         self.norm4 = norm(c4)
-        self.conv5 = nn.Conv2d(c4, c5, 3, padding=1, groups=2, bias=bias)  # 13 -> 13
+        self.conv5 = nn.Conv2d(c4, c5, 3, padding=1, groups=groups, bias=bias)  # 13 -> 13
         self.norm5 = norm(c5)
         self.norm6 = norm(c5)
-        self.fc6 = nn.Linear(c5 * feature_size(image_size) ** 2, hidden)  # 9216 -> 4096
+        self.fc6 = nn.Linear(c5 * side**2, hidden)  # 9216 -> 4096
         self.fc7 = nn.Linear(hidden, hidden)
         self.fc8 = nn.Linear(hidden, classes)
         self.image_size = image_size
+        self.layout = layout
+        self.frozen = False
+        # The outputs that dropout acts on.
+        self.dropped = ("features", "fc6") if layout == "torchvision" else ("fc6", "fc7")
         self.lrn_place = lrn_place
         self.dropout = dropout
         self.width = width
@@ -96,7 +119,10 @@ class AlexNet(nn.Module):
 
         In a network of another width, a unit with w times the published inputs gets weights of 1/sqrt(w) times the
         published spread, so that signals keep their size; narrow networks would not start to learn otherwise.
+        Torchvision's layout keeps what PyTorch draws by default, as its authors do.
         """
+        if self.layout == "torchvision":
+            return
         for name, layer in self.named_children():
             if not isinstance(layer, nn.Conv2d | nn.Linear):
                 continue
@@ -104,6 +130,24 @@ class AlexNet(nn.Module):
             layer.weight.normal_(0, spread if name == "conv1" else spread / math.sqrt(self.width))
             if layer.bias is not None:
                 layer.bias.fill_(0.1 if name in ("conv2", "conv4", "fc6", "fc7") else 0.0)
+
+    def freeze_features(self) -> None:
+        """Keep conv1 to conv5, and their batch normalisation with its running statistics, as they are in training."""
+        self.frozen = True
+        for layer in self._feature_layers():
+            layer.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "AlexNet":
+        """As of torch.nn.Module; frozen batch normalisation keeps to its running statistics."""
+        super().train(mode)
+        if self.frozen:
+            for layer in self._feature_layers():
+                layer.eval()
+        return self
+
+    def _feature_layers(self) -> list[nn.Module]:
+        return [layer for name, layer in self.named_children() if not name.startswith("fc")]
 
     def pool_and_normalise(self, x: Tensor) -> Tensor:
         """Pooling and LRN in the order of `lrn_place`. (N, C, H, W) -> (N, C, H', W')."""
@@ -118,14 +162,20 @@ class AlexNet(nn.Module):
         x = F.relu(self.norm3(self.conv3(x)))  # (N, 384, 13, 13)
         x = F.relu(self.norm4(self.conv4(x)))  # (N, 384, 13, 13)
         x = self.norm6(pool(F.relu(self.norm5(self.conv5(x)))))  # (N, 256, 6, 6)
+        if self.layout == "torchvision" and x.shape[-1] != 6:  # at 224 pixels it is 6
+            x = F.adaptive_avg_pool2d(x, 6)
         return x.flatten(1)  # (N, 9216)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, 3, 227, 227)
         """Class scores (N, classes). Dropout scales by 1 / (1 - p) in training; the article halves outputs in use."""
-        x = self.features(x)  # (N, 9216)
-        x = F.dropout(F.relu(self.fc6(x)), self.dropout, self.training)
-        x = F.dropout(F.relu(self.fc7(x)), self.dropout, self.training)
+        x = self._drop("features", self.features(x))  # (N, 9216)
+        x = self._drop("fc6", F.relu(self.fc6(x)))
+        x = self._drop("fc7", F.relu(self.fc7(x)))
         return self.fc8(x)  # (N, classes)
+
+    def _drop(self, name: str, x: Tensor) -> Tensor:
+        """Dropout of an output, if the layout has it there."""
+        return F.dropout(x, self.dropout, self.training) if name in self.dropped else x
 
 
 def build(config: Config) -> AlexNet:
@@ -139,4 +189,5 @@ def build(config: Config) -> AlexNet:
             config.model.dropout,
             config.model.width,
             config.model.batch_norm,
+            config.model.layout,
         )

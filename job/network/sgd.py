@@ -165,14 +165,22 @@ def parameter_groups(model: nn.Module, optim: Optim) -> list[dict]:
     """Two groups: weights with decay; biases without, at `bias_lr` times the rate (the authors' lr_mult 2).
 
     The scales and shifts of batch normalisation are in the group of the biases (Jia et al. 2018: no decay on either).
+    With `new_lr` other than 1, two more with the parameters of fc8, at that many times the rate. Frozen parameters,
+    which need no gradient, are in none.
     """
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    biases = [p for p in model.parameters() if p.ndim == 1]
     trust = optim.lars_trust if optim.kind == "lars" else 0.0
-    return [
-        {"params": weights, "weight_decay": optim.weight_decay, "trust": trust},
-        {"params": biases, "weight_decay": 0.0, "lr_factor": optim.bias_lr, "trust": 0.0},
-    ]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    new = {name for name, _ in named if name.startswith("fc8.")} if optim.new_lr != 1 else set()
+    groups = []
+    for names, factor in (({name for name, _ in named} - new, 1.0), (new, optim.new_lr)):
+        chosen = [p for name, p in named if name in names]
+        weights, biases = [p for p in chosen if p.ndim > 1], [p for p in chosen if p.ndim == 1]
+        if chosen:
+            groups += [
+                {"params": weights, "weight_decay": optim.weight_decay, "lr_factor": factor, "trust": trust},
+                {"params": biases, "weight_decay": 0.0, "lr_factor": factor * optim.bias_lr, "trust": 0.0},
+            ]
+    return groups
 
 
 def learning_rate(optim: Optim, step: int, global_batch: int, nsamples: int, total_steps: int) -> float:

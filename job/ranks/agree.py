@@ -6,8 +6,6 @@ that training cannot have is one error, which names two ranks and what each of t
 """
 
 import dataclasses
-import functools
-import hashlib
 import logging
 import os
 import platform
@@ -20,18 +18,22 @@ import horovod.torch as hvd
 import torch
 from PIL import features
 
-from job.fast import network as fast
-from shards import ROOT
-from shards.errors import InputError
+from job.fast import support as fast
+from shards.errors import InputError, see
 from shards.machine.cores import cores_given
+from shards.machine.facts import code_version
 from shards.read import fastjpeg, images
 
 log = logging.getLogger(__name__)
 
 # Settings that may differ between ranks: where a rank finds its files, and what only rank 0 uses.
 LOCAL = frozenset(
-    "data out recipe workers resume profile model.classes checkpoint checkpoint-keep metrics.textfile json".split()
+    "data out recipe workers init resume profile model.classes run checkpoint checkpoint-keep track metrics.prices "
+    "metrics.textfile json".split()
 )
+
+# Rows of job.doctor that compare the same things.
+_ROWS = {"this project's code": "code", "Python": "python", "torch": "torch", "Horovod": "horovod"}
 
 Report = dict[str, Any]  # as `_report` makes it. Plain types: another version of this code must be able to read it
 
@@ -58,7 +60,7 @@ def agree(settings: dict[str, Any], open_data: Callable[[], tuple[Any, dict[str,
     found, report = _report(settings, open_data)
     reports = hvd.allgather_object(report, name="agree")
     gpus = check(reports, settings.get("device", "auto"))
-    kernels = choose_kernels(reports, gpus, settings.get("kernels", "plain"), settings.get("parallel", "gradients"))
+    kernels = choose_kernels(reports, gpus, settings)
     if hvd.rank() == 0:
         for warning in warnings(reports, gpus, settings):
             log.warning("%s", warning)
@@ -81,33 +83,19 @@ def _report(settings: dict[str, Any], open_data: Callable) -> tuple[Any, Report]
         "host": socket.gethostname(),
         "problem": problem,
         "same": {
-            "this project's code": _code(),
+            "this project's code": code_version(),
             "Python": ".".join(platform.python_version_tuple()[:2]),
             "torch": torch.__version__,
             "Horovod": horovod.__version__,
             **{f"--{name.replace('_', '-')}": value for name, value in settings.items() if name not in LOCAL},
             **facts,
         },
-        "gpus": [] if settings.get("device") == "cpu" else _gpus(settings.get("kernels", "plain") != "plain"),
+        "gpus": [] if settings.get("device") == "cpu" else visible_gpus(settings.get("kernels", "plain") != "plain"),
         "decoder": _decoders() if any(name.startswith("split") for name in facts) else "",
     }
 
 
-@functools.cache
-def _code() -> str:
-    """A short hash of all source files of the project."""
-    digest = hashlib.sha256()
-    for room in ("job", "shards"):
-        for folder, folders, names in os.walk(os.path.join(ROOT, room)):
-            folders.sort()
-            for name in sorted(names):
-                if name.endswith((".py", ".c")):
-                    with open(os.path.join(folder, name), "rb") as file:
-                        digest.update(name.encode() + file.read())
-    return digest.hexdigest()[:12]
-
-
-def _gpus(fast_wanted: bool) -> list[dict[str, str]]:
+def visible_gpus(fast_wanted: bool) -> list[dict[str, str]]:
     """The GPUs that this rank sees: a name that differs on all nodes, model, and why the fast kernels cannot run."""
     slices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # slices of MIG may all have the UUID of their GPU
     found = []
@@ -169,7 +157,9 @@ def _difference(reports: list[Report]) -> str:
         if unlike:
             other = reports[unlike[0]]["same"].get(name)
             advice = "install the same on all nodes"
-            if name.startswith("--"):
+            if name in _ROWS:
+                advice += f" {see(_ROWS[name])}"
+            elif name.startswith("--"):
                 advice = "give all ranks the same command"
             elif name.startswith("split") or name in ("classes", "checkpoint"):
                 advice = "give all nodes the same files"
@@ -207,24 +197,25 @@ def assign_gpus(reports: list[Report], wanted: str) -> list[int | None]:
     raise InputError(
         f"{option}{where(reports, rank)}{_others(without)} has no GPU for itself: it sees {seen}, and {ranks} "
         f"rank{'s run' if ranks > 1 else ' runs'} there; start one rank per GPU, leave a broken node out "
-        f"(sbatch --exclude={host}), or use --device cpu"
+        f"(sbatch --exclude={host}), or use --device cpu {see('gpu')}"
     )
 
 
-def choose_kernels(reports: list[Report], gpus: list[int | None], wanted: str, parallel: str) -> str:
+def choose_kernels(reports: list[Report], gpus: list[int | None], settings: dict[str, Any]) -> str:
     """`fast` where all ranks can run the fast kernels, else `plain`. Raises InputError: some rank cannot, and must."""
-    reason = "" if wanted == "plain" else why_plain(reports, gpus, parallel)
+    wanted = settings.get("kernels", "plain")
+    reason = "" if wanted == "plain" else why_plain(reports, gpus, settings)
     if wanted == "fast" and reason:
         raise InputError(f"--kernels fast: {reason}; use --kernels plain")
     return "plain" if reason or wanted == "plain" else "fast"
 
 
-def why_plain(reports: list[Report], gpus: list[int | None], parallel: str) -> str:
+def why_plain(reports: list[Report], gpus: list[int | None], settings: dict[str, Any]) -> str:
     """Why not all ranks can run the fast kernels; "": they can."""
     if gpus[0] is None:
         return "they need a CUDA GPU"
-    if parallel == "hybrid":
-        return "--parallel hybrid has none"
+    if reason := fast.lacks(settings):
+        return reason
     plain = [rank for rank, index in enumerate(gpus) if reports[rank]["gpus"][index]["plain"]]
     if not plain:
         return ""
@@ -234,16 +225,18 @@ def why_plain(reports: list[Report], gpus: list[int | None], parallel: str) -> s
 def warnings(reports: list[Report], gpus: list[int | None], settings: dict[str, Any]) -> Iterable[str]:
     """The warnings of rank 0: results are right, but training is slower than it could be."""
     if gpus[0] is not None:
-        if settings.get("kernels") == "auto" and (reason := why_plain(reports, gpus, settings["parallel"])):
-            yield f"all ranks use the plain kernels, at about a third of the speed: {reason}"
+        if settings.get("kernels") == "auto" and (reason := why_plain(reports, gpus, settings)):
+            yield f"all ranks use the plain kernels, at about a third of the speed: {reason}" + (
+                f" {see('compiler')}" if "compiler" in reason else ""
+            )
         names = [report["gpus"][index]["name"] for report, index in zip(reports, gpus, strict=True)]
-        yield from _unlike(reports, names, "have different GPUs", "all wait for the slowest")
+        yield from _unlike(reports, names, "have different GPUs", f"all wait for the slowest {see('gpu')}")
     decoders = [report["decoder"] for report in reports]
     yield from _unlike(
         reports,
         decoders,
         "decode JPEG files differently",
-        "pixels may differ by rounding, all wait for the slowest",
+        f"pixels may differ by rounding, all wait for the slowest {see('decoder')}",
     )
 
 

@@ -19,9 +19,10 @@ def average_statistics(model: nn.Module) -> None:
 
     A training step normalises with the mean and variance of the rank's own images; the running statistics follow those
     and are used in validation only. They are linear in what they follow, so it does not matter how often they are
-    averaged.
+    averaged. Those of frozen layers do not change, and an average of equal numbers may round them.
     """
-    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d) and layer.training]
+    statistics = [tensor for layer in layers for tensor in (layer.running_mean, layer.running_var)]
     if statistics and hvd.size() > 1:
         hvd.grouped_allreduce_(statistics, name="statistics", op=hvd.Average)
 

@@ -25,7 +25,7 @@ import horovod.torch as hvd
 import psutil
 
 from shards import ROOT
-from shards.errors import positive_number
+from shards.errors import positive_number, see
 
 PERIOD = 2.0  # seconds between two signs of life
 # Set it above 1 where file systems or nodes hang at times and come back.
@@ -118,7 +118,7 @@ def start() -> None:
         if hvd.rank() == 0:
             print(
                 f"warning: {problem}: only a rank that stands still itself will be noticed; name the ranks' network in "
-                f"NETWORK_INTERFACE of slurm/site.sh or in HOROVOD_GLOO_IFACE",
+                f"NETWORK_INTERFACE of slurm/site.sh or in HOROVOD_GLOO_IFACE {see('network')}",
                 file=sys.stderr,
                 flush=True,
             )

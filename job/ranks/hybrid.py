@@ -85,7 +85,7 @@ class Hybrid(Strategy):
         whole = {p: name for name, p in model.named_parameters() if name.startswith("fc")}
         for group in optimizer.param_groups:
             group["params"] = [self._own(p, whole[p]) if p in whole else p for p in group["params"]]
-        self._convolutions = [p for p in model.parameters() if p not in whole]
+        self._convolutions = [p for p in model.parameters() if p not in whole and p.requires_grad]  # none: frozen
         self._whole = list(whole)
         self._handles: list[int] = []
 
@@ -101,8 +101,9 @@ class Hybrid(Strategy):
         """Compute the gradients, and begin to sum those of the convolutions."""
         super().backward(loss)
         # Each rank has the gradient of the loss of all images by way of its own images: the sum is the whole gradient.
-        handle = hvd.grouped_allreduce_async_([p.grad for p in self._convolutions], op=hvd.Sum, name="convolutions")
-        self._handles.append(handle)
+        gradients = [p.grad for p in self._convolutions]
+        if gradients:
+            self._handles.append(hvd.grouped_allreduce_async_(gradients, op=hvd.Sum, name="convolutions"))
 
     def communicate(self) -> None:
         """Wait for the gradients of the convolutions."""

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from shards.command import drop_output
-from shards.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, NOT_INSTALLED, InputError
+from shards.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED, NOT_INSTALLED, InputError, see
 from shards.machine.launcher import launched_rank, lone_process
 from shards.machine.progress import on_terminal
 
@@ -31,7 +32,9 @@ except ModuleNotFoundError as error:
     raise InputError(NOT_INSTALLED.format(error.name, sys.executable)) from None
 except ImportError as error:
     reason = str(error).splitlines()[0]
-    raise InputError(f"cannot load Horovod and torch ({reason}); bash slurm/install.sh sets them up") from None
+    raise InputError(
+        f"cannot load Horovod and torch ({reason}); bash slurm/install.sh sets them up {see('horovod')}"
+    ) from None
 
 # Seconds that a rank which lost the others waits for its launcher to end it, before it reports an error itself.
 LAUNCHER_GRACE = 15
@@ -168,7 +171,7 @@ def run_ranks(main: Callable[[], None]) -> NoReturn:
     except HorovodInternalError as error:
         _await_end(where)  # another rank has failed and speaks for itself
         reason = heartbeat.lost(f"{where} lost the other ranks: {str(error).splitlines()[0][:200]}")
-        print(f"error: {reason}; run the same command again", file=sys.stderr)
+        print(f"error: {reason}; run the same command again {_row_of(str(error))}", file=sys.stderr)
         leave(1)
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         drop_output()
@@ -181,6 +184,13 @@ def run_ranks(main: Callable[[], None]) -> NoReturn:
     hvd.shutdown()
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _row_of(error: str) -> str:
+    """The reference to the doctor's row that explains an error of Horovod."""
+    if re.search("/dev/shm|shared memory", error):
+        return see("shm")
+    return see("nccl") if re.search("nccl", error, re.IGNORECASE) else see("allreduce")
 
 
 def _await_end(where: str = "") -> None:

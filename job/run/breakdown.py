@@ -19,7 +19,7 @@ from job.run.resume import versions
 from job.run.timing import StepTimer
 from shards import ROOT
 from shards.format.split import Split
-from shards.machine.facts import cpu_name, file_system
+from shards.machine.facts import cpu_name, file_system, network_links
 
 # Settings of the layers below that change the speed of an allreduce.
 _TUNING = ("HOROVOD_", "NCCL_", "OMP_NUM_THREADS", "UCX_")
@@ -88,10 +88,12 @@ def gradients(config: Config) -> list[dict[str, Any]]:
     """
     with torch.device("meta"):
         model = build(config).eval()  # batch normalisation refuses to learn from a single image
+        if config.freeze == "conv":
+            model.freeze_features()
         image = torch.empty(1, 3, config.image_size, config.image_size)
         with FlopCounterMode(display=False) as counter:
             model(image)
-    layers = list(model.named_children())
+    layers = [(name, layer) for name, layer in model.named_children() if name.startswith("fc") or not model.frozen]
     work = {name: sum(counter.get_flop_counts().get(f"AlexNet.{name}", {}).values()) for name, _ in layers}
     work = {name: 2 * flops if name != layers[0][0] else flops for name, flops in work.items()}
     total, done, found = sum(work.values()), 0, []
@@ -117,7 +119,7 @@ def environment(data: str, device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "ranks_per_node": hvd.local_size(),
         "nodes": hvd.cross_size(),
-        "network": _network(),
+        "network": network_links(),
         "horovod_over": _transport(device),
         "versions": {
             **versions(),
@@ -142,21 +144,6 @@ def _transport(device: torch.device) -> str:
 
 def _named(values: list[float]) -> dict[str, float]:
     return {name: round(value, 9) for name, value in zip(SECTIONS, values, strict=True)}
-
-
-def _network() -> list[str]:
-    """InfiniBand ports and network interfaces that are up, with the speed they report."""
-    found = []
-    for folder, rate in (("/sys/class/infiniband", "ports/1/rate"), ("/sys/class/net", "speed")):
-        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-            try:
-                with open(os.path.join(folder, name, rate), encoding="ascii") as file:
-                    speed = file.read().strip()
-            except OSError:  # an interface that is down or reports no speed
-                continue
-            if rate != "speed" or speed not in ("", "-1"):
-                found.append(f"{name} {speed} Mbit/s" if rate == "speed" else f"{name} {speed}")
-    return found
 
 
 def _commit() -> str:

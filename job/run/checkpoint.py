@@ -21,8 +21,9 @@ from torch import Tensor
 
 from job.config import from_flat
 from job.network.alexnet import AlexNet, build
-from shards.errors import InputError
+from shards.errors import InputError, few
 from shards.machine.files import sync_folder, write_whole
+from shards.machine.launcher import launched_rank
 
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 _FILE = re.compile(r"(step-(\d{8,})\.pt|best\.pt)(\.sha256)?(.*\.tmp)?")
@@ -52,6 +53,8 @@ class RunState:
     owed: bool = False  # the run was stopped before a validation that was due: resume with it
     wall_seconds: float = 0.0  # over all starts of the run
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    # `init` as given, `file` and `sha256` of the weights that the run began with; empty: initial ones.
+    init: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def summary(self) -> "RunState":
         """The same without tensors and lists: what every rank needs to know about the start."""
@@ -149,19 +152,48 @@ def newest_good(folder: str, warn: Callable[[str], None]) -> str:
     return ""
 
 
-def load_named(path: str) -> tuple[str, RunState]:
-    """Path and content of the checkpoint that a user names: a file, or the newest good one of a run directory.
+def load_named(path: str, which: str = "best") -> tuple[str, RunState]:
+    """Path and content of the checkpoint that a user names: a file, or one of a run directory.
+
+    Args:
+        path: checkpoint file, or run directory.
+        which: of a run directory. best: best.pt, or the newest where there is none; newest: the newest that is whole;
+            or a file, as a path or by its name in the run's `checkpoints`.
 
     Raises:
-        InputError: the run directory has none, or the file cannot be used.
+        InputError: the run directory has no such checkpoint, or the file cannot be used.
     """
     if not os.path.isdir(path):
+        if which != "best":
+            raise InputError(f"{path} is not a run directory; give either a checkpoint file or --checkpoint {which}")
         return path, load(path)
     folder = os.path.join(path, "checkpoints")
-    found = newest_good(folder, lambda text: print(f"warning: {text}", file=sys.stderr))
+    if which not in ("best", "newest"):
+        inside = os.path.join(folder, which)
+        file = inside if os.path.isfile(inside) else which
+        if not os.path.isfile(file):
+            names = [os.path.basename(found) for _, found in list_checkpoints(folder)]
+            raise InputError(
+                f"no checkpoint {which}; best, newest, or a file of {folder}: {few(names, separator=', ')}"
+            )
+        return file, load(file)
+    best, missing = os.path.join(folder, "best.pt"), ""
+    if which == "best" and os.path.exists(best):
+        if not (missing := fault(best)):
+            return best, load(best, verified=True)
+        _say(f"passed over the checkpoint {best}: {missing}")
+    found = newest_good(folder, _say)
     if not found:
         raise InputError(f"no checkpoint in {folder}; give a run directory of job.train or a .pt file")
+    if which == "best" and not missing:
+        _say(f"{path} has no best.pt, since nothing was validated: taking its newest checkpoint, {found}", "note")
     return found, load(found, verified=True)
+
+
+def _say(text: str, kind: str = "warning") -> None:
+    """A line on stderr, from one rank of a job."""
+    if launched_rank() == 0:
+        print(f"{kind}: {text}", file=sys.stderr, flush=True)
 
 
 def load(path: str, verified: bool = False) -> RunState:

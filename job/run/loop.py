@@ -4,6 +4,7 @@ In: what job.train has assembled. Out: a run directory that is complete up to th
 """
 
 import dataclasses
+import functools
 import math
 import time
 from typing import Any
@@ -26,6 +27,12 @@ from job.run.progress import Progress
 from job.run.step import Step
 from job.run.timing import LateLoss, StepTimer, Trace
 from job.run.validation import validate
+from job.scaling.cost import EXAMPLE, Prices, load_prices
+from job.usage import JOULES, words
+from job.usage import memory as usage_memory
+from job.usage.energy import Energy
+from job.usage.flops import Flops
+from job.usage.ranges import each, make_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +95,11 @@ class Loop:
         self.checkpoints = CheckpointWriter(log.path("checkpoints"), config.checkpoint_keep, log.warn)
         self._losses, self._timer = LateLoss(device), StepTimer(device)
         steps = range(start.step, extent.last)
-        self._progress = Progress(config, log, data.train, steps, self._timer, device)
+        prices = load_prices(config.metrics.prices or EXAMPLE) if log.active else Prices("")
+        self._energy = Energy(device, log.joules, prices.grams_co2_per_kwh)
+        self._flops, self._host_memory = Flops(step.model if log.active else None, device, config.precision), (0.0, 0.0)
+        rate = functools.partial(self._flops.rate, ranks=hvd.size())
+        self._progress = Progress(config, log, data.train, steps, self._timer, device, self._energy, rate)
         self._trace = Trace(
             log.path("profile.json"), start.step, min(config.profile, len(steps)) if log.active else 0, log.attempt
         )
@@ -135,13 +146,20 @@ class Loop:
                 self._save(best_now, self._owed)
             self._progress.restart_clock()
             if self.number < self.extent.last and not self._stopping:
-                for batch, images, labels in to_device(self.loader, self.device, self.step.prepare):
+                batches = to_device(self.loader, self.device, self.step.prepare)
+                named = make_range(self.config.profile_nvtx, self.device)
+                for batch, images, labels in each(batches, named, "data"):
                     self._one_step(batch, images, labels)
                     if self._ends_here():
                         break
-        finally:
+        except BaseException:
             self.log.close()
+            self._energy.close()
+            raise
+        finally:
+            self.log.line.clear()
             self._trace.close()
+            self._host_memory = usage_memory.host_peak()  # while the readers still run
             self.loader.close()
             if self.val_loader:
                 self.val_loader.close()
@@ -162,8 +180,9 @@ class Loop:
         self.step.set_rate(rate)
         self._trace.before(number)
         timer.start(batch.wait_seconds)
-        loss = self._losses.exchange(self.step.run(images, labels, number, timer.mark))
-        self._progress.exchange(number, rate, loss, batch.wait_seconds, batch.bad, bool(self.stop.requested))
+        loss = self.step.run(images, labels, number, timer.mark)
+        losses = self._losses.exchange(loss, self.step.right)
+        self._progress.exchange(number, rate, losses, batch.wait_seconds, batch.bad, bool(self.stop.requested))
         self.number += 1
         timer.end()
 
@@ -251,11 +270,18 @@ class Loop:
         """Write summary.json and timings.json, and print the closing table. All ranks together, after `run`."""
         sections = self._timer.finish()
         wall = time.time() - self._began
-        summary = self._summary({"start-up": self._start_up, **sections, **self._seconds})
-        self.log.write("event", self.number, self.epoch, event=summary["status"], signal=self.stop.requested)
+        own = [*usage_memory.peak(self.device, self._host_memory), *self._energy.read()]
+        ranks = hvd.allgather(torch.tensor([own], dtype=torch.float64), name="closing").tolist()
+        self._energy.close()
+        summary = self._summary({"start-up": self._start_up, **sections, **self._seconds}, ranks)
+        joules = {name: summary["energy"][name] for name in JOULES}
+        self.log.write("event", self.number, self.epoch, event=summary["status"], signal=self.stop.requested, **joules)
         self.log.summary(summary)
-        self.log.timings(breakdown(self.config, self.data.train, self._timer, self._progress.warmup, self.device))
-        self.log.say(table(summary, wall, self.config.out))
+        timings = breakdown(self.config, self.data.train, self._timer, self._progress.warmup, self.device)
+        self.log.timings(timings | {"energy": summary["energy"]})
+        if self.log.active:
+            self.log.say(table(summary, wall, self.config.out))
+        self.log.close(summary["status"])
 
     def end(self) -> None:
         """Raise Stopped or Failed, on all ranks alike, if the run is not done or a file could not be written."""
@@ -272,10 +298,16 @@ class Loop:
                 f"{unwritten} could not be written to {self.config.out} (warnings above); make room, and run it again"
             )
 
-    def _summary(self, seconds: dict[str, float]) -> dict[str, Any]:
-        """The contents of summary.json; `seconds`: where the wall time of this start went."""
+    def _summary(self, seconds: dict[str, float], ranks: list[list[float]]) -> dict[str, Any]:
+        """The contents of summary.json.
+
+        Args:
+            seconds: where the wall time of this start went.
+            ranks: peaks of memory and joules of each rank.
+        """
         whole, samples = self._progress.whole, self.number * self.extent.batch
         used = self._progress.steady if self._progress.steady.steps else whole
+        speed = self.extent.batch * used.steps / used.seconds if used.seconds else None
         return {
             "status": "stopped" if self.stopped else "done",
             "top1": self._validation.get("top1"),
@@ -285,7 +317,8 @@ class Loop:
             "epochs": samples / self.extent.nsamples,
             "steps": self.number,
             "samples": samples,
-            "images_per_second": self.extent.batch * used.steps / used.seconds if used.seconds else None,
+            "images_per_second": speed,
+            **self._flops.rate(speed, hvd.size()),
             "data_wait_fraction": used.wait / used.seconds if used.seconds else None,
             "bad_samples": round(whole.bad * hvd.size()),
             "world_size": hvd.size(),
@@ -293,12 +326,14 @@ class Loop:
             "wall_seconds": self._wall_seconds(),
             "checkpoint_failures": self.checkpoints.failures,
             "seconds": seconds,
+            "memory": usage_memory.largest([usage_memory.Peak(*rank[:4]) for rank in ranks]),
+            "energy": self._energy.summary([rank[4:] for rank in ranks], self.extent.batch),
             "versions": self.new.versions,
         }
 
 
 def table(summary: dict[str, Any], wall: float, out: str) -> str:
-    """The closing table: accuracy, speed, and where the `wall` seconds of this process went."""
+    """The closing table: accuracy, speed, memory, energy, and where the `wall` seconds of this process went."""
     rows = []
     if summary["top1"] is not None:
         rows.append(("validation top-1", f"{summary['top1']:.2%}"))
@@ -306,6 +341,9 @@ def table(summary: dict[str, Any], wall: float, out: str) -> str:
         rows.append(("validation loss", f"{summary['loss']:.4f}"))
     if summary["images_per_second"]:
         rows.append(("images/s, all ranks", f"{summary['images_per_second']:,.1f}"))
+        rows.append(("FLOP rate, all ranks", words.flops(summary)))
+    rows.append(("memory, largest rank", words.memory(summary["memory"])))
+    rows.append(("energy", words.energy(summary["energy"])))
     rows.append(("epochs, steps", f"{summary['epochs']:.2f}, {summary['steps']}"))
     rows.append(("wall time", f"{wall:.1f} s"))
     other = wall - sum(summary["seconds"].values())

@@ -9,6 +9,7 @@ import math
 import socket
 import statistics
 import time
+from collections.abc import Callable
 
 import horovod.torch as hvd
 import torch
@@ -17,7 +18,9 @@ from job.batches.loader import too_many_bad
 from job.config import Config
 from job.ranks.process import Failed, StepReports
 from job.run.log import COMPUTE, UPDATE, RunLog, write_textfile
-from job.run.timing import StepTimer, gpu_use
+from job.run.timing import StepTimer
+from job.usage.energy import Energy
+from job.usage.gpu import gpu_use
 from shards.errors import InputError
 from shards.format.split import Split
 from shards.machine.progress import duration
@@ -33,7 +36,7 @@ SLOW, SLOW_STEPS, SLOW_SECONDS = 1.2, 5, 1.0
 
 
 class Sums:
-    """Sums over steps after the first `skip`: loss, seconds, seconds of waiting for data (means over ranks)."""
+    """Sums over steps after the first `skip`: loss, top-1, seconds, seconds of waiting for data (means over ranks)."""
 
     def __init__(self, skip: int):
         self.skip = skip
@@ -42,10 +45,10 @@ class Sums:
     def reset(self) -> None:
         """Start over at 0, without skipping steps again."""
         self.steps = 0
-        self.seconds = self.wait = self.bad = self._loss = self._count = 0.0
+        self.seconds = self.wait = self.bad = self._loss = self._right = self._count = 0.0
 
-    def add(self, loss: float, count: float, wait: float, seconds: float, bad: float) -> None:
-        """Add a step: `loss` is a sum of `count` losses, or 0 where `count` is 0."""
+    def add(self, loss: float, right: float, count: float, wait: float, seconds: float, bad: float) -> None:
+        """Add a step: `loss` and `right` are sums of `count` losses and top-1s, or 0 where `count` is 0."""
         if self.skip:
             self.skip -= 1
             return
@@ -54,6 +57,7 @@ class Sums:
         self.wait += wait
         self.bad += bad
         self._loss += loss
+        self._right += right
         self._count += count
 
     @property
@@ -61,12 +65,18 @@ class Sums:
         """Mean loss; NaN where none is known."""
         return self._loss / self._count if self._count else float("nan")
 
+    @property
+    def top1(self) -> float:
+        """Mean top-1 of the training batches, with dropout and random crops; NaN where none is known."""
+        return self._right / self._count if self._count else float("nan")
+
 
 class Progress:
     """Adds up every step of every rank. All ranks call its methods together.
 
     Args:
         steps: those of this start of the run.
+        rate: fields with the FLOP rate for a number of images/s.
 
     Attributes:
         stop: a rank was asked to stop, and all ranks know it.
@@ -74,7 +84,17 @@ class Progress:
         steady, whole: sums without and with the warm-up.
     """
 
-    def __init__(self, config: Config, log: RunLog, split: Split, steps: range, timer: StepTimer, device: torch.device):
+    def __init__(
+        self,
+        config: Config,
+        log: RunLog,
+        split: Split,
+        steps: range,
+        timer: StepTimer,
+        device: torch.device,
+        energy: Energy,
+        rate: Callable[[float], dict[str, float | None]],
+    ):
         self.config, self.log, self.split, self.steps = config, log, split, steps
         self.nsamples = split.nsamples
         self.stop = False
@@ -84,7 +104,7 @@ class Progress:
         self._shown = Sums(1)  # since the last line on the screen; the first step compiles, and would spoil the rate
         self._rate = ""  # as the line on the screen says it
         self._first = None  # time at the end of the first step: the ETA counts from there
-        self._timer, self._device = timer, device
+        self._timer, self._device, self._energy, self._flop_rate = timer, device, energy, rate
         self._reports, self._ranks = StepReports(), None
         self._bad_epoch, self._bad = -1, 0  # invalid samples of that epoch, of all ranks
         self._own_before = 0.0, 0.0  # seconds of computing and of waiting for data of this rank, at the last line
@@ -97,12 +117,14 @@ class Progress:
         """Do not count the time since the last step (a validation, a checkpoint) as part of the next."""
         self._since = time.perf_counter()
 
-    def exchange(self, step: int, rate: float, losses: list[float], wait: float, bad: int, stop: bool) -> None:
+    def exchange(
+        self, step: int, rate: float, losses: list[tuple[float, float]], wait: float, bad: int, stop: bool
+    ) -> None:
         """Report a step of this rank, and receive the reports of all ranks on the step before.
 
         Args:
             rate: learning rate.
-            losses: those that are known by now: none, or that of an earlier step.
+            losses: (loss, top-1) that are known by now: none, or those of an earlier step.
             wait: seconds of waiting for data.
             bad: invalid samples that were replaced.
             stop: this rank was asked to stop.
@@ -110,12 +132,14 @@ class Progress:
         now = time.perf_counter()
         elapsed, self._since = now - self._since, now
         self._wait += wait
-        values = [sum(losses), len(losses), wait, elapsed, bad, stop]
+        values = [sum(loss for loss, _ in losses), sum(right for _, right in losses), len(losses)]
+        values += [wait, elapsed, bad, stop]
         before, ranks = self._reports.exchange((step, rate), values), self._collect_ranks()
         if self._due(step):
             totals = self._timer.totals
             own = totals[COMPUTE] + totals[UPDATE], self._wait
             figures = [own[0] - self._own_before[0], own[1] - self._own_before[1], *gpu_use(self._device)]
+            figures += self._energy.read()
             self._own_before = own
             self._ranks = hvd.allgather_async(torch.tensor([figures], dtype=torch.float64), name="rank_figures")
         self._note(before, ranks)
@@ -134,7 +158,7 @@ class Progress:
     def _note(self, report, ranks: list[list[float]]) -> None:
         if report is None:
             return
-        (step, rate), (loss, count, wait, elapsed, bad, asked) = report
+        (step, rate), (loss, right, count, wait, elapsed, bad, asked) = report
         epoch = step * self.config.global_batch // self.nsamples
         if count and not math.isfinite(loss):
             self.log.write("event", step + 1, epoch, event="diverged")
@@ -144,9 +168,9 @@ class Progress:
             )
         self._count_bad(epoch, round(bad * len(self._hosts)))
         for sums in (self.steady, self.whole, self._recent, self._shown):
-            sums.add(loss, count, wait, elapsed, bad)
+            sums.add(loss, right, count, wait, elapsed, bad)
         self.stop = asked > 0
-        self._show(step, epoch, loss / count if count else float("nan"))
+        self._show(step, epoch, *((loss / count, right / count) if count else (math.nan, math.nan)))
         if self._due(step):
             self._line(step, epoch, rate, ranks)
             self._recent.reset()
@@ -162,7 +186,7 @@ class Progress:
         if self._bad > self.config.stream.max_bad_fraction * self.split.nsamples:
             raise InputError(too_many_bad(self._bad, self.split, self.config.stream.max_bad_fraction))
 
-    def _show(self, step: int, epoch: int, loss: float) -> None:
+    def _show(self, step: int, epoch: int, loss: float, top1: float) -> None:
         """Show the progress on the screen: of the first and the last step, and now and then in between."""
         now, last, shown = time.perf_counter(), self.steps[-1] + 1, self._shown
         self._first = self._first or now
@@ -172,10 +196,10 @@ class Progress:
         if shown.steps >= (RATE_STEPS if self.log.line.terminal and self._rate else 1):
             rate = self.config.global_batch * shown.steps / shown.seconds
             self._rate = f" {rate:,.0f} images/s, data wait {shown.wait / shown.seconds:.0%}"
-            loss = shown.loss
+            loss, top1 = shown.loss, shown.top1
             shown.reset()
         if math.isfinite(loss):  # that of a GPU comes two steps late
-            text += f" loss {loss:.4f}"
+            text += f" loss {loss:.4f} top-1 {top1:.1%}"
         if self._rate:  # the ETA counts validations and checkpoints, too, as soon as there was one
             pace = (now - self._first) / (step - self.steps[0])
             text += f"{self._rate} ETA {duration((last - step - 1) * pace)}"
@@ -183,13 +207,17 @@ class Progress:
 
     def _line(self, step: int, epoch: int, rate: float, ranks: list[list[float]]) -> None:
         recent = self._recent
+        speed = self.config.global_batch * recent.steps / recent.seconds
         figures = {
             "loss": recent.loss,
+            "top1": recent.top1,
             "lr": rate,
-            "images_per_second": self.config.global_batch * recent.steps / recent.seconds,
+            "images_per_second": speed,
             "data_wait_fraction": recent.wait / recent.seconds,
             "bad_samples": round(recent.bad * len(self._hosts)),
             **self._compare(step, epoch, ranks),
+            **self._flop_rate(speed),
+            **self._energy.line([rank[4:] for rank in ranks], step + 1, self.config.global_batch),
         }
         self.log.write("train", step + 1, epoch, **figures)
         if self.config.metrics.textfile and self.log.active:
@@ -209,7 +237,8 @@ class Progress:
         """The slowest rank of the last steps, as fields of a line; a rank that has become slow is reported.
 
         Args:
-            ranks: seconds of computing and of waiting, GPU memory in bytes, GPU utilisation (-1: unknown) of each rank.
+            ranks: seconds of computing and of waiting, GPU memory in bytes, GPU utilisation (-1: unknown), and more, of
+                each rank.
         """
         busy = [compute + wait for compute, wait, *_ in ranks]
         # Each rank is compared with the others only: with two ranks, the slower one would move the median of both.

@@ -1,8 +1,10 @@
 """Where a run resumes: the newest checkpoint of its directory that verifies, if settings and shards are still the same.
+A new run begins with initial weights, or with those of --init.
 
 In: settings, the split, the run directory. Out: the `RunState` to start from.
 """
 
+import dataclasses
 import hashlib
 import os
 import platform
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from job import config as settings
 from job.batches.synthetic import NAME
+from job.network.weights import begin_with, read_weights
 from job.run import checkpoint
 from job.run.checkpoint import RunState
 from job.run.log import RunLog
@@ -47,8 +50,8 @@ def versions() -> dict[str, str]:
 def find_resume(new: RunState, config: settings.Config, split: Split, log: RunLog) -> RunState:
     """The state to start from: `new`, or that of a checkpoint. Rank 0 only.
 
-    `--resume FILE` and `none` say how a run begins. Once its directory has a checkpoint, the same command resumes from
-    that, as a requeued job must.
+    `--resume FILE`, `none` and `--init` say how a run begins. Once its directory has a checkpoint, the same command
+    resumes from that, as a requeued job must.
 
     Raises:
         InputError: the run directory or the checkpoint has other settings or data.
@@ -63,16 +66,45 @@ def find_resume(new: RunState, config: settings.Config, split: Split, log: RunLo
     if os.path.exists(known) and (path or config.resume != "none"):
         same_settings(new.config, settings.read_flat(known), config.out)
     if not path:
-        return new
+        return first_state(new, config, log)
     state = checkpoint.load(path, verified)
     same_settings(new.config, state.config, path)
     same_data(new, state, split, path, log)
+    if config.init and config.init != state.init.get("init"):
+        began = f"began with {state.init['file']}" if state.init else "began without it"
+        log.warn(f"--init {config.init} is for the start of a run; {config.out} {began} and goes on from {path}")
     if config.parallel == "weights" and state.step % config.average_every:
         log.warn(
             f"{path} is the end of a shorter run: its last average, after step {state.step}, is one more than "
             f"--average-every {config.average_every} alone would have made"
         )
     return state
+
+
+def first_state(new: RunState, config: settings.Config, log: RunLog) -> RunState:
+    """The state before the first step: `new`, with the weights of --init if it is given. Rank 0 only.
+
+    Raises:
+        InputError: the file cannot be read, or is of another network.
+    """
+    if not config.init:
+        if config.freeze == "conv":
+            log.warn("--freeze conv without --init: the convolutions keep their random initial weights")
+        return new
+    path = checkpoint.load_named(config.init)[0] if os.path.isdir(config.init) else config.init
+    if os.path.exists(f"{path}.sha256") and (reason := checkpoint.fault(path)):
+        raise InputError(f"cannot begin with {path}: {reason}; give another --init")
+    weights = read_weights(path)
+    model, taken = begin_with(weights, config, new.classes)
+    log.say(f"begins with {path}, {weights.what}: conv1 to fc7 taken over, {taken}")
+    found = {"init": config.init, "file": os.path.abspath(path), "sha256": checkpoint.digest(path)}
+    return dataclasses.replace(new, model=model, init=found)
+
+
+def remember_start(state: RunState, new: RunState, config: settings.Config) -> None:
+    """Keep in `new` and `config`, for the checkpoints and config.yaml, what the run of `state` began with."""
+    new.init = state.init
+    config.init = new.config["init"] = state.init.get("init", "")
 
 
 def leave_behind(start: RunState, config: settings.Config, log: RunLog) -> None:

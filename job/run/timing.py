@@ -1,13 +1,11 @@
-"""Where the time of a training step goes, how much of a GPU is used, and the loss, read without waiting for the GPU.
+"""Where the time of a training step goes, and its loss and top-1, read without waiting for the GPU.
 
 In: marks at the ends of a step's sections. Out: seconds per section, over all steps. On a GPU the marks are CUDA
 events, recorded in the stream and read some steps later, when they have long been reached.
 """
 
 import collections
-import ctypes
 import errno
-import functools
 import os
 import time
 from collections.abc import Callable
@@ -124,18 +122,20 @@ class Trace:
 
 
 class LateLoss:
-    """Loss of each step, read `lag` steps late on a GPU so that the host never waits, at once on the CPU."""
+    """Loss and top-1 of each step, read `lag` steps late on a GPU so that the host never waits, at once on the CPU."""
 
     def __init__(self, device: torch.device):
         self.lag = LAG if device.type == "cuda" else 0
         self._pending: collections.deque = collections.deque()
 
-    def exchange(self, loss: torch.Tensor) -> list[float]:
-        """Hand in this step's loss; get the losses that are ready now: none, or the one of `lag` steps ago."""
+    def exchange(self, loss: torch.Tensor, right: torch.Tensor) -> list[tuple[float, float]]:
+        """Hand in this step's loss and top-1, scalars; get the pairs that are ready now: none, or the one of `lag`
+        steps ago."""
         if not self.lag:
-            return [loss.item()]
-        host = torch.empty((), pin_memory=True)
-        host.copy_(loss.detach(), non_blocking=True)
+            return [(loss.item(), right.item())]
+        host = torch.empty(2, pin_memory=True)
+        host[0].copy_(loss.detach(), non_blocking=True)
+        host[1].copy_(right, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self._pending.append((host, event))
@@ -143,33 +143,5 @@ class LateLoss:
         while len(self._pending) > self.lag:
             host, event = self._pending.popleft()
             event.synchronize()
-            values.append(host.item())
+            values.append(tuple(host.tolist()))
         return values
-
-
-class _Utilisation(ctypes.Structure):
-    _fields_ = [("gpu", ctypes.c_uint), ("memory", ctypes.c_uint)]  # nvmlUtilization_t, percent
-
-
-@functools.cache
-def _handle(device: torch.device):
-    """NVML, the library behind nvidia-smi, and its handle of the device; None without it."""
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        handle = ctypes.c_void_p()
-        name = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
-        if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)):
-            return None
-        return nvml, handle
-    except (OSError, AttributeError):
-        return None
-
-
-def gpu_use(device: torch.device) -> tuple[float, float]:
-    """Bytes of memory that this process holds, and the share of the last second in which kernels ran (-1: unknown)."""
-    if device.type != "cuda":
-        return 0.0, -1.0
-    found, use = _handle(device), _Utilisation()
-    if found is None or found[0].nvmlDeviceGetUtilizationRates(found[1], ctypes.byref(use)):
-        return float(torch.cuda.memory_reserved(device)), -1.0
-    return float(torch.cuda.memory_reserved(device)), use.gpu / 100

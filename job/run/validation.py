@@ -3,44 +3,40 @@
 In: a network with its own mean image and classes, and each rank's loader. Out: figures that are the same on all ranks.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from job.batches.device import prepare, to_device
-from job.batches.loader import Loader, too_many_bad
-from job.batches.planes import as_rgb
+from job.batches.device import to_device
+from job.batches.loader import Batch, Loader, too_many_bad
+from job.inference.scores import centre_input, scores_of
 from shards.errors import InputError
-from shards.format.split import Split, load_labels
 from shards.machine.progress import Progress
-
-
-def _input(mean: Tensor, images: Tensor, offsets: Tensor, mirror: Tensor) -> Tensor:
-    """The network's input. Where a crop lies matters to its planes, but not to the mean, which is its own."""
-    return prepare(as_rgb(images, offsets), torch.zeros_like(offsets), mirror, mean)
 
 
 def validate(
     model: torch.nn.Module,
     loader: Loader,
-    mean: Tensor,
+    mean: Tensor | None,
     device: torch.device,
     precision: str,
     give_up: Callable[[], bool] = lambda: False,
     relabel: Tensor | None = None,
+    observe: Callable[[Batch, Tensor, Tensor], Any] = lambda batch, scores, labels: None,
 ) -> dict[str, float] | None:
     """Accuracy of `model` on all samples of the ranks' loaders together.
 
-    Every rank calls it with its own part. One sum over the ranks at the end gives all of them the same figures.
+    Every rank calls it with its own part. One sum over the ranks gives all of them the same figures.
 
     Args:
-        mean: float32 (3, S, S), subtracted from the centre crop: the mean image that the network was trained with.
+        mean: float32 (3, S, S), of the centre crop: that of training. None: the model takes the loader's uint8 images.
         give_up: asked before each batch whether to end without a result.
         relabel: int64, the network's label for each label of the split; None: they are the same.
+        observe: is given each batch, its scores (float32) and the network's labels.
 
     Returns: top1 and top5 (fractions), loss (mean cross-entropy in nats), samples. None, on all ranks, when `give_up`
         became true on one of them before its last batch.
@@ -51,26 +47,26 @@ def validate(
     # Right in 1, right in 5, loss, samples, bad ones, ranks that gave up.
     sums = torch.zeros(6, dtype=torch.float64, device=device)
     shown = Progress(loader.split.nsamples, what="validation")  # rank 0 counts for all: they have equal shares
-    mean = mean.permute(1, 2, 0).contiguous().to(device)  # (S, S, 3)
+    to_input = centre_input(mean, device)
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            for batch, images, labels in to_device(loader, device, functools.partial(_input, mean)):
-                labels = labels if relabel is None else relabel[labels]
-                if give_up():
-                    sums[5] = 1
-                    break
-                scores = model(images).float()  # (n, classes)
-                five = scores.topk(min(5, scores.shape[1]), dim=1).indices  # (n, 5)
-                hits = five == labels[:, None]
-                sums[0] += hits[:, 0].sum()
-                sums[1] += hits.sum()
-                sums[2] += F.cross_entropy(scores, labels, reduction="none").double().sum()
-                sums[3] += len(labels)
-                sums[4] += batch.bad
-                if hvd.rank() == 0:
-                    shown.add(min(len(labels) * hvd.size(), shown.total - shown.done))
+        for batch, images, labels in to_device(loader, device, to_input):
+            labels = labels if relabel is None else relabel[labels]
+            if give_up():
+                sums[5] = 1
+                break
+            scores = scores_of(model, images, precision)  # (n, classes)
+            five = scores.topk(min(5, scores.shape[1]), dim=1).indices  # (n, 5)
+            hits = five == labels[:, None]
+            sums[0] += hits[:, 0].sum()
+            sums[1] += hits.sum()
+            sums[2] += F.cross_entropy(scores, labels, reduction="none").double().sum()
+            sums[3] += len(labels)
+            sums[4] += batch.bad
+            observe(batch, scores, labels)
+            if hvd.rank() == 0:
+                shown.add(min(len(labels) * hvd.size(), shown.total - shown.done))
     finally:
         shown.close()
         model.train(was_training)
@@ -82,29 +78,3 @@ def validate(
         raise InputError(too_many_bad(bad, loader.split, loader.max_bad_fraction))
     top1, top5, loss = (sums[:3] / sums[3]).tolist()
     return {"top1": top1, "top5": top5, "loss": loss, "samples": int(sums[3])}
-
-
-def match_classes(split: Split, known: Sequence[str], classes: int, path: str) -> Tensor | None:
-    """The network's label for each label of `split`, int64, or None where they are the same.
-
-    Args:
-        known: names of the network's classes; empty: not known.
-        classes: outputs of the network.
-
-    Raises:
-        InputError: the split has a class that the network does not know, or more classes than it.
-    """
-    names, known = list(split.classes), list(known)
-    where = f"{split.name} of {split.root}"
-    if names and known and names != known:
-        unknown = next((name for name in names if known.count(name) != 1), None)
-        if unknown is not None:
-            raise InputError(
-                f"{where} has the class {unknown!r}, which is not one of the {len(known)} of {path}; give shards with "
-                "the names of classes that it was trained on, or correct `classes` in the index"
-            )
-        return torch.tensor([known.index(name) for name in names])
-    largest = len(names) or int(load_labels(split).max()) + 1
-    if largest > classes:
-        raise InputError(f"{where} has {largest} classes, the network of {path} has {classes}")
-    return None

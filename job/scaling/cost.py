@@ -88,6 +88,7 @@ class Prices:
     checkpoint_minutes: float = 15  # between checkpoints: a lost spot node costs half of that
     restart_minutes: float = 5
     deadlines_hours: tuple[float, ...] = (24,)
+    grams_co2_per_kwh: float = math.nan  # of the electricity used; nan: not known
 
     @property
     def example(self) -> bool:
@@ -151,11 +152,24 @@ class Choice:
     hours: float  # of the whole training, interruptions included
     price: float  # per GPU-hour
     cost: float  # of the whole training
+    kwh: float = math.nan  # of the whole training; nan: not measured
+    co2_kg: float = math.nan
 
 
-def choices(prices: Prices, hours: dict[int, float]) -> list[Choice]:
-    """All ways to make a training that takes `hours` by number of GPUs, the cheapest first."""
+def choices(prices: Prices, hours: dict[int, float], kwh: dict[int, float] | None = None) -> list[Choice]:
+    """All ways to make a training that takes `hours` by number of GPUs, the cheapest first.
+
+    Args:
+        kwh: energy of the training by number of GPUs, where it is known. It is that of the study's machines: of offers
+            with other GPUs (`speed` is not 1) it is not known.
+    """
     found = []
+
+    def add(offer: Cloud | Own, name: str, gpus: int, real: float, price: float, cost: float) -> None:
+        # Hours that are lost when nodes are lost draw energy as well.
+        energy = (kwh or {}).get(gpus, math.nan) * real / hours[gpus] if offer.speed == 1 else math.nan
+        found.append(Choice(name, gpus, real, price, cost, energy, energy * prices.grams_co2_per_kwh / 1000))
+
     for offer in prices.cloud:
         for kind in KINDS:
             price = getattr(offer, kind)
@@ -171,13 +185,13 @@ def choices(prices: Prices, hours: dict[int, float]) -> list[Choice]:
                         continue
                     real /= left
                 cost = nodes * offer.gpus_per_node * real * price
-                found.append(Choice(f"{offer.name}, {kind.replace('_', ' ')}", gpus, real, price, cost))
+                add(offer, f"{offer.name}, {kind.replace('_', ' ')}", gpus, real, price, cost)
     for own in prices.own:
         price = own.gpu_hour(own.utilisation)
         for gpus, time in hours.items():
             if gpus <= own.gpus:
                 real = time / own.speed
-                found.append(Choice(own.name, gpus, real, price, gpus * real * price))
+                add(own, own.name, gpus, real, price, gpus * real * price)
     return sorted(found, key=lambda choice: choice.cost)
 
 

@@ -20,6 +20,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from job.run.log import COMPUTE, EXPOSED, REST, TO_DEVICE, UPDATE, WAIT
 from job.scaling.study import SECTIONS, STRAGGLERS, SYNTHETIC, Study
+from job.usage.words import NOT_MEASURED
 from shards.errors import InputError
 from shards.machine.files import write_whole
 
@@ -101,6 +102,7 @@ def page(result: Report, study: Study, pictures: dict[str, tuple[bytes, str]]) -
         "money": money,
         "gpus": gpus_text,
         "format": lambda value, how: format(value, how),
+        "known": lambda value, how: NOT_MEASURED if value is None else format(value, how),
     }
     figures = {name: (base64.b64encode(png).decode(), caption) for name, (png, caption) in pictures.items()}
     name = os.path.basename(os.path.abspath(study.path))
@@ -116,7 +118,7 @@ def _csv(rows: list[list[Any]]) -> bytes:
 
 def _sizes_csv(result: Report) -> bytes:
     columns = ["ranks", "nodes", "global_batch", "repeats", "images_per_second", "low", "high", "efficiency"]
-    columns += ["step_seconds", "hours_to_end"]
+    columns += ["step_seconds", "hours_to_end", "joules_per_image", "energy_of"]
     rows = [["kind", "mode", "data", *columns, *(f"{name} (s)" for name in SECTIONS)]]
     for kind, curves in (("measured", result["curves"]), ("predicted", result.get("predictions", []))):
         for curve in curves:
@@ -145,6 +147,8 @@ def figures(result: Report) -> dict[str, tuple[bytes, str]]:
     if result["curves"]:
         made["throughput"] = _draw(_throughput, result, 2)
         made["breakdown"] = _draw(_breakdown, result, 1)
+    if _with_energy(result):
+        made["energy"] = _draw(_energy, result, 1)
     if result.get("predictions"):
         made["prediction"] = _draw(_prediction, result, 2)
     if result.get("cost", {}).get("offers"):
@@ -238,6 +242,25 @@ def _breakdown(axis, result: Report) -> str:
     axis.set_ylim(0, max(bottom) * 1.08)
     axis.legend(fontsize=8, reverse=True, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return "Where the time of a step goes at each measured size."
+
+
+def _with_energy(result: Report) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """The curves, each with those of its sizes whose energy was measured; without those that have none."""
+    pairs = [(c, [row for row in c["sizes"] if row["joules_per_image"] is not None]) for c in result["curves"]]
+    return [(curve, rows) for curve, rows in pairs if rows]
+
+
+def _energy(axis, result: Report) -> str:
+    found = _with_energy(result)
+    for (curve, rows), (marker, style, shade) in zip(found, LINES, strict=False):
+        y = [row["joules_per_image"] for row in rows]
+        axis.plot([r["ranks"] for r in rows], y, marker=marker, linestyle=style, color=shade, label=label(curve))
+    _set_ranks(axis, [row["ranks"] for _, rows in found for row in rows])
+    axis.set_ylim(0, None)
+    axis.set_ylabel("joules per image")
+    axis.legend(fontsize=8)
+    of = ", ".join(sorted({row["energy_of"] for _, rows in found for row in rows}))
+    return f"Energy per trained image ({of}): chips alone, without the rest of the nodes and cooling."
 
 
 def _prediction(axes, result: Report) -> str:

@@ -28,6 +28,7 @@ from job.scaling.study import (
     Measured,
     Study,
 )
+from job.usage.words import NOT_MEASURED
 
 # Ranks that a prediction is drawn and tabulated for.
 PREDICTED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 10000)
@@ -112,10 +113,14 @@ def epochs_of(study: Study, assumed: Assumed) -> int:
     return assumed.epochs or study.done[0].timings["epochs"]
 
 
+def images_of(study: Study, assumed: Assumed) -> int:
+    """Images of a whole training, over all epochs."""
+    return epochs_of(study, assumed) * (assumed.images or study.done[0].timings["nsamples"])
+
+
 def hours_to_end(study: Study, assumed: Assumed, images_per_second: float) -> float:
     """Hours that a whole training takes."""
-    images = assumed.images or study.done[0].timings["nsamples"]
-    return epochs_of(study, assumed) * images / images_per_second / 3600
+    return images_of(study, assumed) / images_per_second / 3600
 
 
 def build(study: Study, prices: cost.Prices, assumed: Assumed) -> dict[str, Any]:
@@ -165,6 +170,8 @@ def _measured_row(study: Study, assumed: Assumed, model: Model | None, curve: Cu
         "step_seconds": size.measured.step,
         "sections": size.measured.sections,
         "hours_to_end": hours_to_end(study, assumed, size.images_per_second),
+        "joules_per_image": size.joules,
+        "energy_of": size.energy_of,
     }
     if model:
         row["bottleneck"], row["advice"] = bottleneck(size, study.limits)
@@ -277,7 +284,8 @@ def costs(
     curve = curves[chosen]
     hours = {row["ranks"]: row["hours_to_end"] for row in predicted[chosen]["sizes"] if row["ranks"] <= COST_GPUS}
     hours |= {s.ranks: hours_to_end(study, assumed, s.images_per_second) for s in curve.sizes}
-    found = cost.choices(prices, hours)
+    kwh, energy = energy_to_end(study, assumed, curve, hours)
+    found = cost.choices(prices, hours, kwh)
     epochs = epochs_of(study, assumed)
     return {
         "example": prices.example,
@@ -286,6 +294,8 @@ def costs(
         "source": prices.source,
         "mode": curve.mode,
         "epochs": epochs,
+        "energy": energy,
+        "grams_co2_per_kwh": prices.grams_co2_per_kwh,
         "offers": [dataclasses.asdict(c) | {"per_epoch": c.cost / epochs} for c in cost.cheapest_by_offer(found)],
         "deadlines": [
             {"hours": limit, "choice": dataclasses.asdict(c) if c else None}
@@ -294,6 +304,23 @@ def costs(
         "experiment_a_day": [dataclasses.asdict(row) for row in cost.experiment_a_day(prices, found)],
         "break_even": [dataclasses.asdict(row) for row in cost.break_even(prices)],
     }
+
+
+def energy_to_end(
+    study: Study, assumed: Assumed, curve: Curve, hours: dict[int, float]
+) -> tuple[dict[int, float], str]:
+    """Energy of a whole training in kWh by number of ranks, and where it comes from; empty where none was measured.
+
+    At sizes that were not measured, each rank draws the power that it drew at the largest measured size.
+    """
+    known = [size for size in curve.sizes if math.isfinite(size.joules)]
+    if not known:
+        return {}, NOT_MEASURED
+    last = known[-1]
+    watts = last.joules * last.images_per_second / last.ranks
+    kwh = {ranks: watts * ranks * time / 1000 for ranks, time in hours.items()}
+    kwh |= {size.ranks: size.joules * images_of(study, assumed) / 3.6e6 for size in known}
+    return kwh, f"{last.energy_of}, {watts:,.0f} W per rank at {last.ranks} ranks"
 
 
 def accuracy_at(batch: int) -> str:

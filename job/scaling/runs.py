@@ -21,7 +21,7 @@ from job import config
 from job.scaling import study
 from job.scaling.study import SYNTHETIC, Plan, Point
 from shards import ROOT
-from shards.errors import InputError, printable
+from shards.errors import InputError, printable, see
 from shards.machine.cores import cores_given
 from shards.machine.progress import Line, duration
 
@@ -116,7 +116,9 @@ def run_local(path: str, plan: Plan, point: Point, time_limit: float) -> None:
         code = call(command, log, time_limit, environment)
         point.error = f"exit code {code}" if code else ""
     except OSError as error:
-        raise InputError(f"cannot start horovodrun ({error.strerror}); bash slurm/install.sh sets it up") from None
+        raise InputError(
+            f"cannot start horovodrun ({error.strerror}); bash slurm/install.sh sets it up {see('horovodrun')}"
+        ) from None
     except subprocess.TimeoutExpired:
         point.error = f"not done in {duration(time_limit)}"
     point.seconds = round(time.monotonic() - began, 3)

@@ -4,12 +4,14 @@ In: a `Study`. Out: `Size`s, `Curve`s (strong and weak scaling per kind of data)
 """
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 
 from scipy import stats
 
 from job.scaling.study import COMPUTE, MODES, SECTIONS, TO_DEVICE, UPDATE, WAIT, Measured, Point, Study
+from job.usage.words import NOT_MEASURED
 
 # A rank this much slower than the median of the others is named.
 SLOW_RANK = 0.05
@@ -25,6 +27,8 @@ class Size:
     images_per_second: float
     low: float
     high: float
+    joules: float = math.nan  # per image; nan: not measured in each of the repeats, or not of the same
+    energy_of: str = NOT_MEASURED  # "GPU + CPU", "GPU" or "CPU"
 
     @property
     def ranks(self) -> int:
@@ -62,7 +66,15 @@ def size_of(points: Sequence[Point]) -> Size:
         half = float(stats.norm.ppf(0.975)) * mean * error / step
     measured = dataclasses.replace(runs[0], sections=sections, step=step, error=error)
     low, high = max(0.0, mean - half), mean + half
-    return Size(measured, points[0].data, tuple(points), images_per_second=mean, low=low, high=high)
+    joules, of = energy_of(points)
+    return Size(measured, points[0].data, tuple(points), mean, low, high, joules, of)
+
+
+def energy_of(points: Sequence[Point]) -> tuple[float, str]:
+    """Joules per image, the mean of the repeats, and what they are of."""
+    found = [point.timings.get("energy") or {} for point in points]
+    each, of = [values.get("joules_per_image") for values in found], {values.get("of") for values in found}
+    return (statistics.fmean(each), of.pop()) if None not in each and len(of) == 1 else (math.nan, NOT_MEASURED)
 
 
 def sizes_of(study: Study) -> list[Size]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
-from shards.errors import InputError
+from shards.errors import InputError, see
 
 
 def run_tasks(function: Callable, tasks: Sequence, workers: int) -> Iterator[tuple[int, object]]:
@@ -33,7 +33,7 @@ def run_tasks(function: Callable, tasks: Sequence, workers: int) -> Iterator[tup
             yield numbers.pop(future), future.result()
     except BrokenProcessPool:
         raise InputError(
-            "a worker process was killed, perhaps for its memory; run again with fewer --workers"
+            "a worker process was killed, perhaps for its memory; run again with fewer --workers " + see("memory")
         ) from None
     except KeyboardInterrupt:
         for process in multiprocessing.active_children():  # those of the pool: their tasks could take minutes

@@ -62,6 +62,11 @@ def cores_given(local_size: int = 0) -> Cores:
     return Cores(count, tuple(mask) if len(mask) == count else ())
 
 
+def local_ranks() -> int:
+    """Number of ranks on this node, as the launcher says; 0 where it does not."""
+    return _local_ranks()[0] or 0
+
+
 def _local_ranks() -> tuple[int | None, int | None]:
     """Number of ranks on this node, and that of this process; None: no launcher has started it."""
     for size, rank in _LAUNCHERS:
@@ -94,6 +99,20 @@ def _of_node(name: str) -> int | None:
 def cgroup_quota(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> float | None:
     """CPU quota in cores: the smallest of this process's control groups (version 2 or 1); None: no limit."""
     return min((quota for folder in _groups("cpu", proc, root) if (quota := _quota(folder))), default=None)
+
+
+def memory_limit(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> int | None:
+    """Bytes that this process's control groups allow, version 2 or 1: the smallest limit; None: no limit."""
+    limits = []
+    for folder in _groups("memory", proc, root):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            try:
+                (word,) = _words(folder, name)
+            except (OSError, ValueError):
+                continue
+            if word.isdigit() and int(word) < 1 << 60:  # version 1 writes a number near 2^63 for none
+                limits.append(int(word))
+    return min(limits, default=None)
 
 
 def _cpuset(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> int | None:

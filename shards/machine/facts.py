@@ -4,10 +4,13 @@ In: nothing, or a path. Out: short texts.
 """
 
 import contextlib
+import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
 
+from shards import ROOT
 from shards.machine.cores import cores_given
 from shards.machine.files import is_remote
 
@@ -30,6 +33,35 @@ def versions(*packages: str) -> dict[str, str]:
     for package in packages or ("torch", "numpy", "pillow", "simplejpeg", "webdataset"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
+    return found
+
+
+@functools.cache
+def code_version() -> str:
+    """A short hash of all source files of the project."""
+    digest = hashlib.sha256()
+    for room in ("job", "shards"):
+        for folder, folders, names in os.walk(os.path.join(ROOT, room)):
+            folders.sort()
+            for name in sorted(names):
+                if name.endswith((".py", ".c")):
+                    with open(os.path.join(folder, name), "rb") as file:
+                        digest.update(name.encode() + file.read())
+    return digest.hexdigest()[:12]
+
+
+def network_links() -> list[str]:
+    """InfiniBand ports and network interfaces that are up, with the speed they report."""
+    found = []
+    for folder, rate in (("/sys/class/infiniband", "ports/1/rate"), ("/sys/class/net", "speed")):
+        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+            try:
+                with open(os.path.join(folder, name, rate), encoding="ascii") as file:
+                    speed = file.read().strip()
+            except OSError:  # an interface that is down or reports no speed
+                continue
+            if rate != "speed" or speed not in ("", "-1"):
+                found.append(f"{name} {speed} Mbit/s" if rate == "speed" else f"{name} {speed}")
     return found
 
 

@@ -4,6 +4,8 @@ import errno
 import os
 import stat
 
+from shards.errors import InputError
+
 REMOTE_SCHEMES = ("http", "https", "s3", "gs")
 
 
@@ -37,6 +39,15 @@ def sync_folder(folder: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_writable(path: str) -> None:
+    """Raise InputError unless a file can be written at `path`: before the work whose result it is to hold."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path):
+        raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write {path}: {folder} is not a folder that can be written")
 
 
 def write_whole(path: str, data: bytes) -> None:

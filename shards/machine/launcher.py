@@ -2,7 +2,19 @@
 
 import os
 
-# Variables that hold the rank of a process.
+from shards.errors import see
+
+# Variables that hold the rank of a process, and its number on its node.
+_LOCAL_RANK_VARIABLES = (
+    "HOROVOD_LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+    "PMI_LOCAL_RANK",
+    "SLURM_LOCALID",
+)
+# Beginnings of the variables that make a process a rank.
+_LAUNCHERS_OWN = ("HOROVOD_", "OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_", "MV2_", "SLURM_STEP")
 _RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
@@ -23,6 +35,32 @@ _SIZE_VARIABLES = {
     "PMI_SIZE": "mpirun of MPICH or Intel MPI",
     "SLURM_STEP_NUM_TASKS": "srun",  # set in a step alone, not in a batch script or in salloc's shell
 }
+
+
+def launched_size() -> int:
+    """Number of processes that the launcher has started; 1 without one."""
+    return next((int(os.environ[name]) for name in _SIZE_VARIABLES if os.environ.get(name, "").isdigit()), 1)
+
+
+def launched_local_rank() -> int:
+    """Number of this process among those on its node; 0 where the launcher does not say."""
+    variables = (os.environ.get(name, "") for name in _LOCAL_RANK_VARIABLES)
+    return next((int(value) for value in variables if value.isdigit()), 0)
+
+
+def job_key() -> str:
+    """A name that all processes of a launch share, mostly its own; "job" where the launcher has none."""
+    found = os.environ.get("PMIX_NAMESPACE", "")
+    if address := os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR"):
+        found = f"{address}-{os.environ.get('HOROVOD_GLOO_RENDEZVOUS_PORT', '')}"
+    elif not found and "SLURM_JOB_ID" in os.environ:
+        found = f"slurm-{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_STEP_ID', '')}"
+    return "".join(c if c.isalnum() or c in ".-" else "-" for c in found) or "job"
+
+
+def alone() -> dict[str, str]:
+    """The environment for a program that is to run as a single process, although this process is a rank."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHERS_OWN)}
 
 
 def lone_process(size: int, library: str) -> str:
@@ -47,4 +85,7 @@ def lone_process(size: int, library: str) -> str:
             f"use srun --mpi=pmix (srun --mpi=list shows what this cluster has), or mpirun -np {count} in its place; "
             "for one process use srun -n 1"
         )
-    return f"{launcher} started {count} processes, and {library} sees one, so each would do all of the work; {advice}"
+    return (
+        f"{launcher} started {count} processes, and {library} sees one, so each would do all of the work; {advice} "
+        f"{see('mpirun')}"
+    )

@@ -225,6 +225,16 @@ def fit_image(image: np.ndarray, size: int, fit: str) -> np.ndarray:
     return resize(image, height, width)
 
 
+def cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The middle of the image, `height` x `width`, scaled to cover that size. Raises BadImage if too large."""
+    if image.shape[:2] == (height, width):
+        return image
+    scale = max(height / image.shape[0], width / image.shape[1])
+    image = fit_image(image, max(min(height, width), round(min(image.shape[:2]) * scale)), "none")
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return image[top : top + height, left : left + width]
+
+
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize by bicubic interpolation with antialiasing, Pillow's default filter.
 

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-from shards.errors import InputError
+from shards.errors import InputError, see
 from shards.machine.launcher import lone_process
 from shards.write.shard import Packer, Packing, ShardId, ShardRecord
 
@@ -192,7 +192,7 @@ class _Workers:
 def _how_it_ended(process: multiprocessing.Process) -> str:
     code = process.exitcode
     if code is not None and code < 0:
-        hint = "; out of memory?" if -code == signal.SIGKILL else ""
+        hint = f"; out of memory? {see('memory')}" if -code == signal.SIGKILL else ""
         return f"a packing process was ended by {signal.Signals(-code).name}{hint}"
     return f"a packing process ended with code {code}"
 
@@ -275,7 +275,7 @@ def mpi_world(workers_given: bool):
             return None
         raise InputError(
             f"started as several MPI processes, but mpi4py does not work ({error}); install it, or start one process "
-            "with --workers N"
+            f"with --workers N {see('mpi4py')}"
         ) from None
     if MPI.COMM_WORLD.size == 1:
         if several:

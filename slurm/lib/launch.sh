@@ -12,7 +12,7 @@ fail() {
 # Scripts of modules and of conda use unset variables, and bash before 4.4 treats an empty array as unset.
 set +u
 # shellcheck source-path=SCRIPTDIR/.. source=site.sh
-source "$repository/slurm/site.sh"
+source "$repository/slurm/site.sh" || exit 2
 export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 # shellcheck source-path=SCRIPTDIR/.. source=activate.sh
 source "$repository/slurm/activate.sh"
@@ -62,7 +62,7 @@ unset SLURM_CPUS_PER_GPU SLURM_NTASKS_PER_GPU SLURM_GPUS_PER_TASK SLURM_TRES_PER
 
 if [ "$NETWORK_INTERFACE" ]; then
     for name in ${NETWORK_INTERFACE//,/ }; do
-        grep -q "^ *${name%%:*}:" /proc/net/dev || fail "NETWORK_INTERFACE=$NETWORK_INTERFACE: no $name on $(hostname), which has$(sed -n 's/^ *\([^ :]*\):.*/ \1/p' /proc/net/dev | tr -d '\n')"
+        grep -q "^ *${name%%:*}:" /proc/net/dev || fail "NETWORK_INTERFACE=$NETWORK_INTERFACE: no $name on $(hostname), which has$(sed -n 's/^ *\([^ :]*\):.*/ \1/p' /proc/net/dev | tr -d '\n') (python -m job.doctor, row \`network\`)"
     done
     export NCCL_SOCKET_IFNAME=$NETWORK_INTERFACE HOROVOD_GLOO_IFACE=$NETWORK_INTERFACE
     export OMPI_MCA_btl_tcp_if_include=$NETWORK_INTERFACE PRTE_MCA_prte_if_include=$NETWORK_INTERFACE
@@ -139,7 +139,7 @@ find_launcher() {
             set_launch "$name"
             LAUNCHER=$name
             say "$ranks ranks on $nodes nodes by $name, $per_node per node, each with $cpus CPUs and $((gpus / per_node)) GPUs"
-            ((node_cpus >= per_node)) || say "warning: $per_node ranks share $node_cpus CPUs; use --cpus-per-gpu or --cpus-per-task"
+            ((node_cpus >= per_node)) || say "warning: $per_node ranks share $node_cpus CPUs; use --cpus-per-gpu or --cpus-per-task (python -m job.doctor, row \`cores\`)"
             ((gpus <= per_node)) || say "warning: a rank uses one GPU; for all $gpus of a node, set RANKS_PER_NODE=$gpus"
             return
         fi
@@ -147,7 +147,7 @@ find_launcher() {
         reasons+="$name: ${why:-no answer within its time}"$'\n'
     done
     printf '%s' "$reasons" >&2
-    fail "no launcher works on $SLURM_JOB_NODELIST (reasons above); set LAUNCHER and SRUN_MPI in slurm/site.sh"
+    fail "no launcher works on $SLURM_JOB_NODELIST (reasons above); set LAUNCHER and SRUN_MPI in slurm/site.sh (python -m job.doctor, row \`mpirun\`)"
 }
 
 # ---- Used by train.sh only, except requeue_job.

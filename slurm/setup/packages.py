@@ -10,7 +10,7 @@ import sys
 import tempfile
 import urllib.parse
 
-from shell import REPOSITORY, Missing, ask_python, pip, same, say
+from shell import REPOSITORY, Failed, Missing, ask_python, pip, same, say
 
 SETUP = runpy.run_path(str(REPOSITORY / "setup.py"), run_name="versions")  # the lists of packages, without installing
 
@@ -103,7 +103,13 @@ def project_installed() -> bool:
 def step_packages(extras: list[str], torch: Torch) -> None:
     """Install what setup.py lists, with these extras, and make job and shards importable."""
     wanted = [*SETUP["REQUIRES"], *(name for extra in extras for name in SETUP["EXTRAS"][extra])]
-    install_beside_torch(torch, wanted, "install the packages of setup.py")
+    bound = [name for name in wanted if name.startswith("torchvision")]
+    install_beside_torch(torch, [name for name in wanted if name not in bound], "install the packages of setup.py")
+    try:
+        install_beside_torch(torch, bound, "install torchvision")
+    except (Failed, Missing) as error:
+        say(f"packages: none of torchvision for torch {torch.version}, a test is skipped without it ({error})")
+        wanted = [name for name in wanted if name not in bound]
     say(f"packages: all {len(wanted)} of setup.py are here")
     if not project_installed():
         say("packages: making job and shards importable (pip install -e)")

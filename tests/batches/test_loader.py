@@ -21,11 +21,11 @@ from PIL import Image
 
 from job.batches import loader as loader_module
 from job.batches.loader import Loader
-from job.batches.order import Order, batch_positions
 from job.batches.workers import Workers
 from shards.errors import InputError
 from shards.format.split import load_split, save_column
 from shards.read import fastjpeg, reader
+from shards.read.order import Order, batch_positions
 from tests.launch import ROOT
 from tests.shardmaker import damage, image_offset, write_split
 

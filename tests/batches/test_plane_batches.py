@@ -12,12 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from job import config
 from job.batches.device import prepare, prepare_plain
 from job.batches.loader import Loader
 from job.batches.planes import as_rgb, side_of
+from job.inference.scores import centre_input
+from job.look.augmented import first_crops
 from job.network.alexnet import AlexNet
 from job.run.validation import validate
 from shards.read import planes
+from shards.read.samples import Samples
 from tests.launch import metrics, python
 from tests.shardmaker import damage, image_offset, write_split
 from tests.shards.test_planes import jpeg, picture
@@ -187,6 +191,29 @@ def test_validation_subtracts_the_mean_of_the_centre(splits, monkeypatch):
             assert validate(Seen(), loader, mean, torch.device("cpu"), "fp32")["samples"] == 90
         found[name] = torch.cat(seen)
     assert torch.equal(found["jpeg"], found["planes"]) and (SIZE[0] - 31) // 2 % 2 == 1
+
+
+@pytest.mark.parametrize("mean", [True, False], ids=["mean", "no mean"])
+def test_networks_get_rgb_whatever_is_stored(splits, mean):
+    """`centre_input`: also of a model that takes the uint8 images, as for ten crops."""
+    seen = {}
+    for name, split in splits.items():
+        to_input = centre_input(torch.rand(3, 31, 31, generator=torch.manual_seed(0)) if mean else None, "cpu")
+        with Loader(split, rank=0, world_size=1, global_batch=90, crop=31, train=False, workers=0) as loader:
+            (batch,) = loader
+            seen[name] = to_input(batch.images, batch.offsets, batch.mirror).clone()
+    assert torch.equal(seen["jpeg"], seen["planes"])
+
+
+def test_people_see_rgb_too(splits):
+    """Samples of a split by number, and crops as training gets them, for a page of pictures."""
+    settings = dataclasses.replace(config.parse(["--recipe", "demo", "--data", "d"], "job.train", ""), image_size=31)
+    found = {}
+    for name, split in splits.items():
+        with Samples(split) as samples:
+            found[name] = [samples[n].image for n in (0, 41, 89)]
+        found[name] += [crop.image for crop in first_crops(split, settings, 6)]
+    assert all((a == b).all() for a, b in zip(found["jpeg"], found["planes"], strict=True)) and len(found["jpeg"]) == 9
 
 
 def test_training_from_planes_is_training_from_jpeg_bit_for_bit(demo_data, tmp_path):

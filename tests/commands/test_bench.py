@@ -127,7 +127,12 @@ def test_bus_bandwidth_of_four_ranks_is_one_and_a_half_times_size_over_time(four
 
 
 COMMANDS = [
-    *(f"job.{name}" for name in ("train", "evaluate", "export", "doctor", "watch", "scaling", "bench")),
+    "job",
+    "shards",
+    *(
+        f"job.{name}"
+        for name in ("train", "watch", "evaluate", "predict", "look", "export", "doctor", "scaling", "bench")
+    ),
     *(f"shards.{name}" for name in ("pack", "index", "verify")),
     *(f"job.scaling {name}" for name in ("run", "report", "predict")),
     *(f"job.bench {name}" for name in ("loader", "compute", "allreduce", "train")),
@@ -149,7 +154,7 @@ def test_the_commands_are_all_that_there_are():
     files = [path for package in ("job", "shards") for path in (ROOT / package).rglob("*.py")]
     files = [path for path in files if '__name__ == "__main__"' in path.read_text() or path.stem == "__main__"]
     found = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__") for path in files}
-    found.remove("job.batches.reader")  # which Loader starts
+    found -= {"job.batches.reader", "job.tracking.child"}  # which Loader and --track start
     assert found == {command.split()[0] for command in COMMANDS}
 
 

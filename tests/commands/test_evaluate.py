@@ -1,20 +1,25 @@
 """Accuracy of a network is that of its own mean image, classes and tolerance, whatever else lies beside the shards."""
 
+import collections
+import csv
 import json
 import shutil
 
 import horovod.torch as hvd
+import numpy as np
 import pytest
 import torch
 
 from job import config, evaluate
-from job.batches.data import check_data
+from job.batches.data import check_data, match_classes
 from job.batches.loader import Loader
 from job.network.alexnet import build
 from job.run.checkpoint import CheckpointWriter, RunState
-from job.run.validation import match_classes, validate
+from job.run.validation import validate
+from shards import open_split
 from shards.errors import InputError
 from shards.format.split import image_member, load_split, read_idx
+from tests.launch import horovodrun
 from tests.shardmaker import damage, write_split
 
 OPTIONS = (
@@ -147,3 +152,94 @@ def test_validation_images_of_another_size_have_the_mean_of_their_centre(tmp_pat
         raw = batch.images.permute(0, 3, 1, 2).float().clone()
     assert raw[0, 0, 0, 0] == 6  # row 6 of 80
     assert torch.equal(seen[0], raw - mean)
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_tables_per_class_and_per_sample(network, demo_data, data, tmp_path, capfd):
+    tables = ["--per-class", str(tmp_path / "class.csv"), "--per-sample", str(tmp_path / "sample.csv"), "--batch", "70"]
+    whole, _ = run(network, data, capfd, *tables)
+    samples, classes = read_csv(tmp_path / "sample.csv"), read_csv(tmp_path / "class.csv")
+    val = open_split(str(data), "val")
+    assert [int(row["sample"]) for row in samples] == list(range(600))
+    assert [int(row["label"]) for row in samples] == val.labels.tolist()
+    assert samples[100]["shard"] == "val-000001.tar" and samples[100]["key"] == val.key(100)
+    assert all(row["class"] == val.classes[int(row["label"])] and row["problem"] == "" for row in samples)
+    assert all((row["label"] == row["predicted_label"]) == (row["top1"] == "1") for row in samples)
+    assert np.mean([int(row["top1"]) for row in samples]) == pytest.approx(whole["top1"])
+    assert np.mean([int(row["top5"]) for row in samples]) == pytest.approx(whole["top5"])
+    losses = [-np.log(float(row["label_probability"])) for row in samples]
+    assert np.mean(losses) == pytest.approx(whole["loss"], rel=1e-4)
+    assert [row["class"] for row in classes] == list(val.classes)
+    for row in classes:
+        own = [sample for sample in samples if sample["class"] == row["class"]]
+        assert int(row["samples"]) == len(own) == 60
+        assert float(row["top1"]) == pytest.approx(np.mean([int(sample["top1"]) for sample in own]), abs=1e-6)
+        wrong = collections.Counter(sample["predicted"] for sample in own if sample["top1"] == "0")
+        assert int(row["confused_samples"]) == wrong[row["confused_with"]] == max(wrong.values(), default=0)
+
+
+def test_a_damaged_sample_has_a_problem_and_no_prediction(network, data, tmp_path, capfd):
+    split = load_split(str(data), "val")
+    damage(split, 0, image_member(read_idx(split, split.shards[0])[2], split.encoding).offset, bytes(100))
+    run(network, data, capfd, "--per-sample", str(tmp_path / "x.csv"))
+    rows = read_csv(tmp_path / "x.csv")
+    assert len(rows) == 600 and [row["sample"] for row in rows if row["problem"]] == ["2"]
+    assert rows[2]["predicted"] == "" and "sample 2 of" in rows[2]["problem"] and rows[3]["predicted"]
+
+
+def test_a_table_that_cannot_be_written_is_refused_at_once(network, data, tmp_path, capfd):
+    with pytest.raises(InputError, match=r"cannot write .*no/x.csv"):
+        run(network, data, capfd, "--per-class", str(tmp_path / "no" / "x.csv"))
+    with pytest.raises(InputError, match="both write x.csv"):
+        run(network, data, capfd, "--per-class", "x.csv", "--per-sample", "x.csv")
+
+
+def test_ten_crops_need_images_larger_than_the_crop(network, demo_data, data, tmp_path, capfd):
+    found, err = run(network, demo_data, capfd, "--crops", "10")
+    one, _ = run(network, demo_data, capfd)
+    assert found["samples"] == 600 and found["crops"] == 10 and found["loss"] != one["loss"]
+    assert "note: " in err and "does not have the mean image that the network was trained with" in err
+    with pytest.raises(InputError, match="--crops 10 makes no sense.* are 67x67, the network takes 67x67"):
+        write_split(tmp_path / "67", [4], side=67, labels=[0, 1, 2, 3], name="val")
+        run(network, tmp_path / "67", capfd, "--crops", "10")
+    with pytest.raises(InputError, match="needs images of one size"):
+        change(data, image={"encoding": "jpeg", "height": 0, "width": 0})
+        run(network, data, capfd, "--crops", "10")
+
+
+def test_which_checkpoint(demo_run, demo_data, tmp_path, capfd):
+    """best.pt, unless told otherwise or there is none."""
+    gone = shutil.copytree(demo_run, tmp_path / "run")
+    folder = gone / "checkpoints"
+    names = sorted(path.name for path in folder.glob("step-*.pt"))
+    for which, name in (("best", "best.pt"), ("newest", names[-1]), (names[0], names[0])):
+        found, err = run(str(gone), demo_data, capfd, "--checkpoint", which)
+        assert found["checkpoint"] == str(folder / name) and not err, which
+    (folder / "best.pt").write_bytes(b"half")
+    found, err = run(str(gone), demo_data, capfd)
+    assert found["checkpoint"].endswith(names[-1]) and "warning: passed over the checkpoint" in err
+    (folder / "best.pt").unlink()
+    found, err = run(str(gone), demo_data, capfd)
+    assert found["checkpoint"].endswith(names[-1])
+    assert err.count("note: ") == 1 and "has no best.pt, since nothing was validated" in err
+
+
+@pytest.mark.long
+def test_any_number_of_ranks_writes_the_same_tables(demo_run, demo_data, tmp_path):
+    found = {}
+    for ranks in (1, 2, 4):
+        files = [tmp_path / f"{ranks}-{name}.csv" for name in ("class", "sample")]
+        tables = ["--per-class", str(files[0]), "--per-sample", str(files[1]), "--crops", "10", "--workers", "1"]
+        done = horovodrun(ranks, "job.evaluate", str(demo_run), "--data", str(demo_data), *tables, "--device", "cpu")
+        assert done.returncode == 0 and "note" not in done.stderr, done.stdout + done.stderr
+        found[ranks] = [read_csv(file) for file in files]
+    exact = ["sample", "shard", "key", "label", "class", "predicted", "top1", "top5"]
+    for ranks in (2, 4):
+        assert found[ranks][0] == found[1][0]
+        for mine, theirs in zip(found[ranks][1], found[1][1], strict=True):
+            assert [mine[name] for name in exact] == [theirs[name] for name in exact]
+            assert float(mine["probability"]) == pytest.approx(float(theirs["probability"]), rel=1e-3)

@@ -74,6 +74,6 @@ def test_the_readme_fits_two_screens_and_a_bit():
     assert len(README.splitlines()) <= 140
 
 
-@pytest.mark.parametrize("recipe", ["paper", "krizhevsky", "large-batch", "demo"])
+@pytest.mark.parametrize("recipe", ["paper", "krizhevsky", "large-batch", "torchvision", "demo"])
 def test_recipes_are_listed(recipe):
     assert f"| `{recipe}` |" in TRAINING

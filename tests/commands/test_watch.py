@@ -50,6 +50,25 @@ def test_a_running_run_half_way(tmp_path):
     assert len(page.splitlines()) < 40
 
 
+def test_top1_flop_rate_and_energy_are_shown_and_what_is_not_measured_is_said(tmp_path):
+    now = time.time()
+    joules = dict(gpu_joules=7.2e6, cpu_joules=None, kwh=2.0, co2_grams=946.0)
+    rates = dict(top1=0.4321, flops_per_second=102e12, peak_fraction=0.05)
+    lines = [start(0, now - 200), *training(10, 50, now - 98, **rates, **joules, joules_per_image=0.01234)]
+    lines.append(line("train", 60, now, loss=2.0, images_per_second=100.0, **rates, **joules, joules_per_image=None))
+    about = watch.describe(write(tmp_path / "run", lines), now)
+    assert (about["train_top1"], about["joules_per_image"], about["kwh"]) == (0.4321, 0.01234, 2.0)
+    page = watch.page(about)
+    assert "top-1 43.21%" in page and "102 TFLOP/s, 5.0% of the peak (2,040 TFLOP/s)" in page
+    assert "0.0123 J per image, 2 kWh, 946 g of CO2 (GPU)" in page
+    # At the end, what came after the last line counts, too.
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({"steps": 60, "energy": {**joules, "kwh": 3.0}}))
+    assert watch.describe(write(tmp_path / "run", [*lines, line("event", 60, now, event="done")]), now)["kwh"] == 3.0
+    for missing in ({}, dict.fromkeys(["top1", "flops_per_second", "peak_fraction", "joules_per_image", *joules])):
+        about = watch.describe(write(tmp_path / "older", [start(0, now), *training(10, 50, now, **missing)]), now)
+        assert about["kwh"] is None and "energy           not measured" in watch.page(about)
+
+
 def test_restarts_are_counted_and_the_speed_is_that_of_the_last_part(tmp_path):
     now = time.time()
     lines = [start(0, now - 9000), *training(10, 100, now - 8900)]

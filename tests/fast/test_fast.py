@@ -71,6 +71,27 @@ def run_fast(model, batch, dtype, graphs=CUDA, seed=0):
     return fast
 
 
+def fast_scores(model, x):
+    """Scores of the plain network in training, whose running statistics stay as they are."""
+    with torch.no_grad():
+        return copy.deepcopy(model)(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top1_counts_the_first_of_equal_scores_as_argmax_does(dtype):
+    from job.fast.network import Network
+
+    model = network(classes=5)
+    fast = Network(model, 6, dtype, graphs=False)
+    scores = [[1, 3, 2, 0, 0], [1, 3, 3, 0, 0], [1, 3, 3, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [-9, -8, -7, -6, -5]]
+    scores = torch.tensor(scores, device=DEVICE).to(dtype)
+    fast.labels.copy_(torch.tensor([1, 1, 2, 0, 4, 4]))
+    right = (scores.argmax(1) == fast.labels).float().mean()
+    loss, found = fast._cross_entropy(scores.clone(), torch.zeros(5, device=DEVICE))
+    assert found.item() == right.item() == pytest.approx(4 / 6)
+    assert loss.item() == pytest.approx(F.cross_entropy(scores.float(), fast.labels).item(), rel=1e-6)
+
+
 CASES = [
     ("after-pool", 67, 3, 0.25, 7),
     ("before-pool", 67, 2, 0.25, 7),
@@ -102,6 +123,8 @@ def test_gradients_are_those_of_autograd(norm, size, n, width, classes):
     F.cross_entropy(twin(x), labels).backward()
     fast = run_fast(model, batch, torch.float32)
     assert abs(fast.loss.item() - loss.item()) < 1e-5 * max(1, loss.item())
+    scores = fast_scores(model, x)
+    assert fast.right.item() == pytest.approx((scores.argmax(1) == labels).float().mean().item())
     for (name, p), q, t in zip(model.named_parameters(), exact.parameters(), twin.parameters(), strict=True):
         assert p.grad.is_contiguous() and p.grad.dtype == torch.float32
         assert distance(p.grad, q.grad) < max(1e-5, 4 * distance(t.grad, q.grad)), name
@@ -184,7 +207,9 @@ def test_loss_and_its_gradient_agree_at_either_precision(dtype, tolerance):
         source = logits.float().requires_grad_()
         loss = F.cross_entropy(source + bias, fast.labels)
         loss.backward()
-        found = fast._cross_entropy(logits, bias)
+        right = ((source + bias).argmax(1) == fast.labels).float().mean()
+        found, top1 = fast._cross_entropy(logits, bias)
+        assert top1.item() == pytest.approx(right.item())
         assert distance(found, loss) < tolerance and distance(logits, source.grad) < tolerance
 
 
@@ -265,3 +290,25 @@ def test_graphs_compute_what_the_kernels_do_and_the_same_seed_gives_the_same_bit
         torch.backends.cudnn.deterministic = False
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_frozen_convolutions_cost_no_backward_pass_and_the_rest_learns_as_before():
+    model = network(dropout=0.3)
+    batch = batch_for(model, 3)
+    expected = run_fast(copy.deepcopy(model), batch, torch.float32)
+    wanted = {name: p.grad.clone() for name, p in expected.model.named_parameters() if name.startswith("fc")}
+    model.freeze_features()
+    fast = run_fast(model, batch, torch.float32)
+    near = 1e-3 if CUDA else 1e-6  # cuDNN may choose other algorithms
+    assert distance(fast.loss, expected.loss) < near
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys() and all(distance(found[name], wanted[name]) < near for name in wanted)
+    assert not fast.tail_gradients.numel() and fast.frozen
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = FusedSGD(parameter_groups(model, Optim(new_lr=10.0)), 0.01, 0.9)
+    optimizer.step()
+    moved = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    assert all(moved[name].any() == name.startswith("fc") for name in moved)
+    rate = 0.01 * torch.tensor([1.0, 10.0])  # of fc7 and fc8
+    for name, own in zip(("fc7.weight", "fc8.weight"), rate.tolist(), strict=True):
+        torch.testing.assert_close(moved[name], -own * (found[name] + 5e-4 * before[name]), rtol=1e-3, atol=1e-6)

@@ -96,6 +96,35 @@ def test_biases_have_twice_the_rate_and_no_decay():
     assert all(p.ndim == 1 for p in biases["params"]) and all(p.ndim > 1 for p in weights["params"])
 
 
+@pytest.mark.parametrize("kind", ["sgd", "lars"])
+def test_the_new_layer_has_a_rate_of_its_own(kind):
+    """fc8 moves new_lr times as far as in its twin, and all else as far; its biases keep their own factor, too."""
+    moved = []
+    for factor in (1.0, 10.0):
+        torch.manual_seed(0)
+        model = AlexNet(classes=3, image_size=67, width=0.1)
+        before = [p.detach().clone() for p in model.parameters()]
+        settings = Optim(kind=kind, new_lr=factor, lars_trust=0.02, weight_decay=0.01)
+        optimizer = {"sgd": MomentumSGD, "lars": LARS}[kind](parameter_groups(model, settings), 0.01, 0.9)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        moved.append([p.detach() - old for p, old in zip(model.parameters(), before, strict=True)])
+    for (name, _), one, ten in zip(model.named_parameters(), *moved, strict=True):
+        torch.testing.assert_close(ten, one * (10 if name.startswith("fc8") else 1), rtol=1e-3, atol=1e-6)
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = AlexNet(classes=3, image_size=67, width=0.1, lrn_place="none", batch_norm=True)
+    model.freeze_features()
+    for factor, count in ((1.0, [3, 3]), (2.0, [2, 2, 1, 1])):
+        groups = parameter_groups(model, Optim(new_lr=factor))
+        assert [len(group["params"]) for group in groups] == count
+    assert not model.norm1.training and not model.norm6.training and model.training
+    model.eval().train()
+    assert not model.norm1.training and model.fc6.training
+
+
 def test_rate_falls_tenfold_every_20_epochs():
     # 1,281,167 images in batches of 256: epoch 20 begins within step 100,091
     def rate(step):

@@ -15,7 +15,7 @@ import torch
 
 from job.batches.data import split_facts
 from job.config import Config, to_flat
-from job.fast import network as fast
+from job.fast import support as fast
 from job.ranks import agree, heartbeat
 from job.run import progress
 from job.run import step as passes
@@ -82,7 +82,7 @@ def test_slices_of_one_gpu_are_told_apart_by_their_names(monkeypatch):
     reports = []
     for name in ("MIG-1", "MIG-2", "0"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", name)
-        reports.append(report(agree._gpus(fast_wanted=False)))
+        reports.append(report(agree.visible_gpus(fast_wanted=False)))
     assert [r["gpus"][0]["uuid"] for r in reports] == ["MIG-1", "MIG-2", "one-gpu"]
     assert agree.assign_gpus(reports[:2], "auto") == [0, 0]
 
@@ -125,16 +125,36 @@ def test_what_one_rank_cannot_open_is_said_with_its_name_and_what_none_can_witho
 def test_every_rank_uses_the_plain_kernels_when_one_must():
     plain = {**B, "plain": "Triton cannot be imported"}
     reports, gpus = [report([A]), report([plain], "n2")], [0, 0]
-    assert agree.choose_kernels([report([A]), report([B])], gpus, "auto", "gradients") == "fast"
-    assert agree.choose_kernels(reports, gpus, "auto", "gradients") == "plain"
-    assert agree.choose_kernels([report([A]), report([B])], gpus, "plain", "gradients") == "plain"
-    assert agree.choose_kernels([report([A]), report([B])], gpus, "auto", "hybrid") == "plain"
-    assert agree.choose_kernels([report(), report()], [None, None], "auto", "gradients") == "plain"
+    both, auto = [report([A]), report([B])], {"kernels": "auto", "parallel": "gradients"}
+    assert agree.choose_kernels(both, gpus, auto) == "fast"
+    assert agree.choose_kernels(reports, gpus, auto) == "plain"
+    assert agree.choose_kernels(both, gpus, {"kernels": "plain"}) == "plain"
+    assert agree.choose_kernels([report(), report()], [None, None], auto) == "plain"
     with pytest.raises(InputError, match="--kernels fast: rank 1 on n2: Triton cannot .*; use --kernels plain"):
-        agree.choose_kernels(reports, gpus, "fast", "gradients")
+        agree.choose_kernels(reports, gpus, {"kernels": "fast"})
     (warning,) = agree.warnings(reports, gpus, {"kernels": "auto", "parallel": "gradients"})
     assert "all ranks use the plain kernels" in warning and "rank 1 on n2: Triton cannot be imported" in warning
     assert not list(agree.warnings([report(), report()], [None, None], {"kernels": "auto"}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"parallel": "hybrid"}, "--parallel hybrid has none"),
+        ({"model.layout": "torchvision"}, "--model.layout torchvision has none"),
+        ({"freeze": "conv", "model.batch-norm": True}, "--freeze conv has none with batch normalisation"),
+        ({"freeze": "conv", "model.batch-norm": False, "model.layout": "alexnet"}, ""),
+    ],
+)
+def test_settings_that_the_fast_kernels_lack_are_named(settings, reason):
+    reports, gpus = [report([A]), report([B])], [0, 0]
+    chosen = agree.choose_kernels(reports, gpus, {"kernels": "auto", **settings})
+    assert chosen == ("plain" if reason else "fast")
+    warnings = list(agree.warnings(reports, gpus, {"kernels": "auto", **settings}))
+    assert len(warnings) == bool(reason) and all(reason in warning for warning in warnings)
+    if reason:
+        with pytest.raises(InputError, match=f"--kernels fast: {reason}; use --kernels plain"):
+            agree.choose_kernels(reports, gpus, {"kernels": "fast", **settings})
 
 
 def test_other_gpus_and_other_decoders_are_a_warning():

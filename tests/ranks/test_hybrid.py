@@ -21,6 +21,11 @@ def losses(run):
     return [line["loss"] for line in metrics(run, "train")]
 
 
+def right(run):
+    """Training images that were right, by step."""
+    return [round(24 * line["top1"]) for line in metrics(run, "train")]
+
+
 def state(run):
     return torch.load(sorted((run / "checkpoints").glob("step-*.pt"))[-1], weights_only=True)
 
@@ -48,12 +53,16 @@ def test_losses_and_weights_are_those_of_gradients(demo_data, tmp_path, ranks, g
     train(0, demo_data, tmp_path / "gradients")
     train(ranks, demo_data, tmp_path / "hybrid", "--parallel", "hybrid", gloo=gloo)
     assert losses(tmp_path / "hybrid") == pytest.approx(losses(tmp_path / "gradients"), rel=2e-5)
+    assert right(tmp_path / "hybrid") == pytest.approx(right(tmp_path / "gradients"), abs=1)  # two scores may be equal
     same_network(state(tmp_path / "gradients"), state(tmp_path / "hybrid"))
 
 
 @pytest.mark.long
-def test_dropout_is_the_same_on_any_number_of_ranks_and_a_run_goes_on_with_others(demo_data, tmp_path):
-    options = ["--parallel", "hybrid", "--model.dropout", "0.5"]
+@pytest.mark.parametrize(
+    "network", [(), ("--model.layout", "torchvision", "--model.lrn", "none", "--optim.new-lr", "3")]
+)
+def test_dropout_is_the_same_on_any_number_of_ranks_and_a_run_goes_on_with_others(demo_data, tmp_path, network):
+    options = ["--parallel", "hybrid", "--model.dropout", "0.5", *network]
     train(0, demo_data, tmp_path / "one", *options)
     train(3, demo_data, tmp_path / "three", *options)
     assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), rel=2e-5)

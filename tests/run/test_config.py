@@ -96,7 +96,9 @@ def test_an_unknown_key_of_a_recipe_is_named_with_its_file(tmp_path):
         parse("--recipe", str(recipe), "--data", "d")
 
 
-@pytest.mark.parametrize("module", ["job.train", "job.evaluate", "job.export", "job.bench", "job.doctor"])
+@pytest.mark.parametrize(
+    "module", ["job.train", "job.evaluate", "job.export", "job.predict", "job.look", "job.bench", "job.doctor"]
+)
 def test_help_comes_without_loading_torch(module):
     code = (
         f"import runpy, sys; sys.argv = ['x', '--help']\n"

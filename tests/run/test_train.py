@@ -50,6 +50,8 @@ def test_any_number_of_ranks_gives_the_same_losses(demo_data, tmp_path, one_rank
     train(ranks, demo_data, tmp_path / "run", *FIFTY_STEPS, gloo=gloo)
     assert len(losses(one_rank)) == 50
     assert losses(tmp_path / "run") == pytest.approx(losses(one_rank), rel=2e-5)
+    right = [[round(64 * line["top1"]) for line in metrics(run, "train")] for run in (tmp_path / "run", one_rank)]
+    assert right[0] == pytest.approx(right[1], abs=1) and max(right[0]) > 6  # two scores may be equal
 
 
 @pytest.mark.long

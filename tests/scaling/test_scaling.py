@@ -447,6 +447,67 @@ def test_reports_of_measured_studies_are_rebuilt(tmp_path, name):
     assert {row["ranks"] for curve in facts["curves"] for row in curve["sizes"]} == {1, 2}
 
 
+# ---- Energy.
+
+
+def set_energy(study, joules, of="GPU + CPU"):
+    """Let the runs of a study have measured `joules(ranks)` per image; None: nothing."""
+    for file in (study / "points").glob("*.json"):
+        fields = json.loads(file.read_text())
+        each = joules(fields["ranks"])
+        fields["timings"]["energy"] = {"of": of if each else "not measured", "joules_per_image": each}
+        file.write_text(json.dumps(fields))
+
+
+def facts_of(study, *options):
+    done = report(study, *options)
+    assert done.returncode == 0, done.stderr
+    text = (study / "report" / "report.json").read_text()
+    return json.loads(text), (study / "report" / "report.html").read_text()
+
+
+def test_energy_per_image_by_ranks_and_of_a_training_by_hand(tmp_path):
+    study = scaling_data.write_study(tmp_path / "study", sizes=(1, 2, 4, 8), repeats=2)
+    set_energy(study, lambda ranks: 0.01 * (1 + ranks / 8))
+    facts, page = facts_of(study, "--epochs", "10", "--images", "1000000")
+    sizes = {row["ranks"]: row for row in facts["curves"][0]["sizes"]}
+    assert {r: row["joules_per_image"] for r, row in sizes.items()} == {
+        r: pytest.approx(0.01 * (1 + r / 8)) for r in (1, 2, 4, 8)
+    }
+    assert sizes[8]["energy_of"] == "GPU + CPU" and "0.02 (GPU + CPU)" in page and 'alt="Energy per trained' in page
+    found, watts = facts["cost"], 0.02 * sizes[8]["images_per_second"] / 8
+    assert found["energy"] == f"GPU + CPU, {watts:,.0f} W per rank at 8 ranks"
+    choices = found["offers"] + [deadline["choice"] for deadline in found["deadlines"] if deadline["choice"]]
+    for choice in choices:
+        if choice["gpus"] in sizes and "spot" not in choice["offer"]:
+            assert choice["kwh"] == pytest.approx(sizes[choice["gpus"]]["joules_per_image"] * 1e7 / 3.6e6)
+        elif "spot" not in choice["offer"]:
+            assert choice["kwh"] == pytest.approx(watts * choice["gpus"] * choice["hours"] / 1000)
+        assert choice["co2_kg"] == pytest.approx(0.473 * choice["kwh"])
+    assert any(choice["gpus"] in sizes for choice in choices) and "473 g per kWh" in page
+
+
+@pytest.mark.parametrize("measured", [lambda ranks: None, lambda ranks: 0.01 if ranks == 2 else None])
+def test_energy_that_was_not_measured_is_said_and_never_0(tmp_path, measured):
+    study = scaling_data.write_study(tmp_path / "study", sizes=(1, 2), repeats=1)
+    set_energy(study, measured, of="GPU")
+    prices = tmp_path / "prices.yaml"
+    prices.write_text(Path(cost.EXAMPLE).read_text().replace("grams_co2_per_kwh: 473", ""))
+    facts, page = facts_of(study, "--prices", str(prices))
+    assert [row["joules_per_image"] for row in facts["curves"][0]["sizes"]] == [None, measured(2)]
+    known = measured(2) is not None
+    assert all((offer["kwh"] is not None) == known and offer["co2_kg"] is None for offer in facts["cost"]["offers"])
+    assert "not measured" in page and ("has no grams_co2_per_kwh" in page) == known
+
+
+def test_the_energy_of_other_gpus_is_not_known():
+    clouds = (cost.Cloud("same", 1, on_demand=1.0), cost.Cloud("other", 1, on_demand=1.0, speed=2.0))
+    found = cost.choices(cost.Prices("p", cloud=clouds, grams_co2_per_kwh=400), {1: 10.0, 2: 6.0}, {1: 5.0})
+    by = {(c.offer, c.gpus): (c.kwh, c.co2_kg) for c in found}
+    assert by["same, on demand", 1] == (5.0, pytest.approx(2.0))
+    assert all(math.isnan(by[key][0]) for key in by if key != ("same, on demand", 1))
+
+
 # ---- Cost.
 
 
@@ -485,6 +546,7 @@ def test_prices_with_mistakes_are_refused(tmp_path):
         (text.replace("node_price:", "node_prise:"), "did you mean node_price?"),
         (text.replace("    years: 5 # of use\n", ""), "years is missing"),
         (text.replace("utilisation: 0.6", "utilisation: 60"), "at most 1"),
+        (text.replace("per_kwh: 473", "per_kwh: much"), "grams_co2_per_kwh is 'much'"),
         ("[", "cannot read"),
     ):
         (tmp_path / "prices.yaml").write_text(wrong)

@@ -1,8 +1,7 @@
-"""Set-up: what it finds, keeps, says and refuses; Horovod's patches; the doctor."""
+"""Set-up: what it finds, keeps, says and refuses; Horovod's patches."""
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -23,13 +22,9 @@ import install_horovod
 import packages
 import shell
 import steps
-from job import doctor
 from job.ranks import mpi
-from shards.errors import InputError
-from shards.format.split import load_split
-from shards.machine import caches
 from tests.cluster import Cluster
-from tests.launch import ROOT, error_lines, python, run
+from tests.launch import ROOT, error_lines, run
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alexnet-horovod"
 TORCH_CPU = packages.Torch("2.13.0+cpu", "", True, ())
@@ -446,7 +441,7 @@ def test_no_python(bare_path, tmp_path):
         (["--frobnicate"], ["--frobnicate", "--help"]),
         (["--mpi", "mpich"], ["--mpi mpich", "auto, system, wheel"]),
         (["--cuda"], ["--cuda needs a value"]),
-        (["--extras", "tests"], ["--extras tests", "test, plots, export"]),
+        (["--extras", "tests"], ["--extras tests", "test, track, plots, export"]),
     ],
 )
 def test_wrong_options(tmp_path, arguments, words):
@@ -569,111 +564,19 @@ def test_set_up_and_training_with_another_mpi(packages, tmp_path, demo_data):
     assert done.returncode == 0, done.stdout
 
 
-# ---------------------------------------------------------------- doctor
+def test_a_torch_that_no_torchvision_is_made_for_ends_no_set_up(monkeypatch, capsys):
+    """Torchvision is for a test only, and each version of it wants one version of torch, which must stay."""
+    asked = []
 
-HOROVOD = {
-    "version": "0.28.1",
-    "mpi": True,
-    "gloo": True,
-    "nccl": False,
-    "libraries": ["/env/lib/libmpi.so.40"],
-    "mpi_version": "Open MPI v5.0.11, package: ...",
-}
-MPI4PY = {"version": "4.1.2", "libraries": ["/env/lib/libmpi.so.40"], "mpi_version": "Open MPI v5.0.11, package: ..."}
-TORCH = {"version": "2.13.0", "cuda": "13.0", "available": True, "gpus": ["H200"], "nccl": "2.27.3", "said": ""}
+    def pip(*arguments, what):
+        constraint = open(arguments[2]).read()
+        asked.append((constraint, arguments[3:]))
+        raise shell.Failed("ResolutionImpossible")
 
-
-def statuses(findings):
-    return {finding.name: finding.status for finding in findings}
-
-
-def test_doctor_finds_this_environment_well(demo_data):
-    done = python("job.doctor", "--data", str(demo_data), "--json")
-    report = json.loads(done.stdout)
-    assert done.returncode == 0 and report["status"] in ("ok", "slow"), report
-    names = {finding["name"]: finding for finding in report["findings"]}
-    assert {"python", "torch", "horovod", "mpirun", "mpi4py", "webdataset", "decoder", "cores", "shm", "data"} <= set(
-        names
-    )
-    assert "3,000 samples" in names["data"]["text"]
-
-
-def test_doctor_says_in_a_line_each_what_is_wrong_and_what_to_do(monkeypatch, capsys):
-    findings = [doctor.Finding("ok", "torch", "2.13.0"), doctor.Finding("wrong", "mpirun", "not on PATH", "load it")]
-    monkeypatch.setattr(doctor, "examine", lambda data: findings)
-    monkeypatch.setattr(sys, "argv", ["doctor"])
-    with pytest.raises(InputError, match="mpirun"):  # exit code 2
-        doctor.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines] == [
-        ["ok", "torch", "2.13.0"],
-        ["wrong", "mpirun", "not", "on", "PATH"],
-        ["->", "load", "it"],
-    ]
-    findings.pop()
-    assert doctor.main() == 0
-
-
-def test_doctor_helps_at_once_and_refuses_what_is_not_there(tmp_path):
-    assert "--data" in takes_under_a_second(lambda: python("job.doctor", "--help"))
-    refused(python("job.doctor", "--data", str(tmp_path / "nowhere")), "no data folder", "nowhere")
-
-
-def test_doctor_finds_mixed_mpis(bare_path):
-    script(bare_path / "mpirun", "echo 'mpirun (Open MPI) 4.1.4'")
-    other = MPI4PY | {"libraries": ["/usr/lib/libmpi.so.40"]}
-    assert statuses(doctor.check_mpi(HOROVOD, other)) == {"mpirun": "wrong", "mpi4py": "wrong"}
-    script(bare_path / "mpirun", "echo 'mpirun (Open MPI) 5.0.11'")
-    assert statuses(doctor.check_mpi(HOROVOD, MPI4PY)) == {"mpirun": "ok", "mpi4py": "ok"}
-    (bare_path / "mpirun").unlink()
-    assert statuses(doctor.check_mpi(HOROVOD, MPI4PY))["mpirun"] == "wrong"
-    assert statuses(doctor.check_mpi(HOROVOD | {"mpi": False}, MPI4PY))["mpirun"] == "ok"
-
-
-def test_the_library_of_an_mpi_is_told_from_those_for_other_languages():
-    folder = "/usr/lib/x86_64-linux-gnu/"
-    libraries = ["libmpi.so.40.30.6", "libmpich.so.12.1.13", "libmpi_cray.so.12", "libmpi_gnu_123.so.12"]
-    others = ["libmpi_cxx.so.40", "libmpicxx.so.12", "libmpichfort.so.12", "libmpi_mpifh.so.40", "libmpi_java.so.40"]
-    assert re.findall(mpi.LIBRARY, "\n".join(folder + name for name in libraries + others)) == [
-        folder + name for name in libraries
-    ]
-
-
-def test_doctor_finds_a_horovod_that_does_not_fit(bare_path):
-    script(bare_path / "horovodrun", "")
-    broken = doctor.check_horovod({"error": "undefined symbol: _ZN3c10"}, TORCH)
-    assert statuses(broken) == {"horovod": "wrong"} and "--rebuild" in broken[0].advice
-    assert statuses(doctor.check_horovod(HOROVOD, TORCH)) == {"horovod": "ok", "nccl": "wrong"}
-    assert statuses(doctor.check_horovod(HOROVOD, TORCH | {"gpus": []})) == {"horovod": "ok"}
-
-
-def test_doctor_finds_a_driver_that_torch_cannot_use(bare_path):
-    script(bare_path / "nvidia-smi", "echo 535.104.05")
-    assert statuses(doctor.check_torch(TORCH)) == {"torch": "ok", "gpu": "ok"}
-    too_old = doctor.check_torch(TORCH | {"available": False, "gpus": [], "said": "The NVIDIA driver is too old"})
-    assert statuses(too_old)["gpu"] == "wrong" and "driver is too old" in too_old[1].text
-    assert statuses(doctor.check_torch(TORCH | {"cuda": "", "gpus": []}))["gpu"] == "wrong"
-    assert statuses(doctor.check_torch({"error": "libcudart.so.13 not found"})) == {"torch": "wrong"}
-
-
-def test_doctor_says_what_compute_nodes_lack(monkeypatch):
-    assert statuses(doctor.check_caches(gpu=True)) == {"compiler": "ok", "caches": "ok"}
-    monkeypatch.setattr(caches, "triton_lacks", lambda: "Triton needs a C compiler")
-    monkeypatch.setenv("HOME", "/proc")
-    compiler, kept = doctor.check_caches(gpu=True)
-    assert compiler.status == "slow" and "Triton needs a C compiler" in compiler.text and "gcc" in compiler.advice
-    assert kept.status == "slow" and "HOME cannot be written" in kept.text
-    assert doctor.check_caches(gpu=False)[0].status == "ok"  # training there takes no such kernels
-
-
-def test_doctor_finds_what_is_slow(demo_data, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "simplejpeg", None)
-    finding, rate = doctor.check_decoder()
-    assert finding.status == "slow" and "pip install simplejpeg" in finding.advice and rate > 0
-    monkeypatch.setattr(doctor, "read_rate", lambda paths: 1e5)  # bytes a second
-    split = load_split(str(demo_data), "train")
-    assert doctor.check_data(split, rate).status == "slow"
-    gone = dataclasses.replace(split, root=str(tmp_path))
-    assert doctor.check_data(gone, rate).status == "wrong"
-    monkeypatch.setenv("OMP_NUM_THREADS", "512")
-    assert statuses(doctor.check_cores())["threads"] == "slow"
+    monkeypatch.setattr(packages, "pip", pip)
+    monkeypatch.setattr(packages, "installed", lambda name: not name.startswith("torchvision"))
+    monkeypatch.setattr(packages, "project_installed", lambda: True)
+    packages.step_packages(["test"], packages.Torch("2.13.0", "", True, ()))
+    version = packages.distribution("torch")
+    assert asked == [(f"torch=={version}\n", tuple(n for n in packages.SETUP["EXTRAS"]["test"] if "torchvision" in n))]
+    assert "a test is skipped without it (ResolutionImpossible)" in capsys.readouterr().out

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.batches.order import Order, batch_positions, crop_corner, draws, mirrored
+from shards.read.order import Order, batch_positions, crop_corner, draws, mirrored
 
 SIZES = st.lists(st.integers(1, 3000), min_size=1, max_size=12)
 SEEDS = st.integers(0, 2**63)
