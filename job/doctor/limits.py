@@ -94,17 +94,27 @@ def _bench_step(wanted: Wanted, facts: Facts) -> dict[str, Any]:
             text=True,
             timeout=BENCH_SECONDS,
             stdin=subprocess.DEVNULL,
-            env=alone() | _threads(wanted, facts),
+            env=alone() | _without_mpi(facts) | _threads(wanted, facts),
         )
     except subprocess.TimeoutExpired:
         return {"error": f"no answer in {BENCH_SECONDS:.0f} s"}
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return {"error": lines[-1].removeprefix("error: ") if lines else f"exit code {done.returncode}"}
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines
+        return {"error": errors[-1] if errors else f"exit code {done.returncode}"}
     found = json.loads(done.stdout[done.stdout.index("{") :])
     if facts.gpus:
         found |= {"copy": libraries.probe("copy", "job.doctor.gpus").get("bytes_per_second")}
     return found
+
+
+def _without_mpi(facts: Facts) -> dict[str, str]:
+    """Lets Horovod run its single rank by Gloo: below a rank of mpirun, Open MPI 4 may not start another process."""
+    if not facts.probes.get("horovod", {}).get("gloo"):
+        return {}
+    places = ("", "LOCAL_", "CROSS_")
+    ranks = {f"HOROVOD_{place}{name}": value for place in places for name, value in (("RANK", "0"), ("SIZE", "1"))}
+    return {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo", **ranks}
 
 
 def _threads(wanted: Wanted, facts: Facts) -> dict[str, str]:

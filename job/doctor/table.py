@@ -162,7 +162,8 @@ def check_allreduce(reports: Mapping[int, Mapping[str, Any]], silent: Sequence[i
         text = f"wrong sum on rank {not_right[0]} on {reports[not_right[0]]['host']}, by {results[0]['over']}"
         return wrong("allreduce", text, "do not train here: a driver, a GPU or the network damages data")
     parts = rates(reports)
-    text = f"the sum of {len(results)} ranks is right, by {results[0]['over']}; 16 MiB at {parts['all'] / 1e9:.2f} GB/s"
+    text = f"the sum of {len(results)} ranks is right, by {results[0]['over']}; "
+    text += f"{results[0]['bytes'] >> 20} MiB at {parts['all'] / 1e9:.2f} GB/s"
     if "within" in parts:
         text += f", within a node {parts['within'] / 1e9:.2f}"
     if "between" in parts:

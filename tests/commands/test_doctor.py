@@ -332,7 +332,7 @@ def test_clocks_that_differ_and_nodes_that_are_not_reached_are_named():
 
 
 def test_the_allreduce_says_who_failed_and_when_the_sum_is_wrong():
-    good = {"over": "NCCL", "right": True, "all": 1e10}
+    good = {"over": "NCCL", "right": True, "bytes": 256 << 20, "all": 1e10}
     reports = {r: {"host": f"n{r // 2}", "allreduce": good | {f"node {r // 2}": 2e11}} for r in range(4)}
     reports[0]["allreduce"]["between"] = 1.2e10
     row = table.check_allreduce(reports, [])
