@@ -109,7 +109,7 @@ def _bench_step(wanted: Wanted, facts: Facts) -> dict[str, Any]:
 
 
 def _without_mpi(facts: Facts) -> dict[str, str]:
-    """Lets Horovod run its single rank by Gloo: below a rank of mpirun, Open MPI 4 may not start another process."""
+    """Lets Horovod run its single rank by Gloo: an MPI would look for the launcher that started this process."""
     if not facts.probes.get("horovod", {}).get("gloo"):
         return {}
     places = ("", "LOCAL_", "CROSS_")
