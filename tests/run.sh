@@ -19,7 +19,8 @@ say "style"
 python -m ruff check .
 python -m ruff format --check .
 
-# Two files of tests at a time: most of them wait for processes. Those marked "alone" (tests/conftest.py) run one by one.
+# Two files of tests at a time, in the order of their names: most of them wait for processes. Those marked "alone"
+# (tests/conftest.py) run one by one.
 code=0
 tests() {
     local ended=0
@@ -28,11 +29,11 @@ tests() {
 }
 say "tests"
 if [ "$long" ]; then
-    tests -n 2 --dist loadfile -m "not alone" "$@"
+    tests -n 2 --dist loadfile --no-loadscope-reorder -m "not alone" "$@"
     say "tests that have the machine to themselves"
     tests -m alone "$@"
 else
-    tests -n 2 --dist loadfile -m "not long" "$@"
+    tests -n 2 --dist loadfile --no-loadscope-reorder -m "not long" "$@"
 fi
 say "tests ended with exit code $code"
 exit "$code"

@@ -14,7 +14,7 @@ SMALLER = {
     "job.train": "--max-steps 3 --model.width 0.125 --workers 1",
     "job.bench loader": "--seconds 0.2 --rounds 1",
     "job.bench compute": "--steps 2 --rounds 1 --warmup 1",
-    "job.scaling run": "--repeats 1 --steps 13 --no-bench --model.width 0.125",
+    "job.scaling run": "--repeats 1 --steps 13 --no-bench --model.width 0.125 --data synthetic --mode strong",
 }
 ON_A_CLUSTER = ("sbatch ", "bash slurm/scaling.sh ")  # tests/slurm runs the like
 

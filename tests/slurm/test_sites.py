@@ -109,13 +109,15 @@ def test_sbatch_takes_the_settings_of_every_site():
 
 def test_polaris_starts_four_ranks_per_node(tmp_path):
     (tmp_path / "nodes").write_text("x1\nx2\nx1\n")
-    (tmp_path / "mpiexec").write_text('#!/bin/bash\nprintf "%s " "$@"\n')
-    (tmp_path / "mpiexec").chmod(0o755)
+    (tmp_path / "bin").mkdir()  # an active environment, whose mpiexec is used
+    (tmp_path / "bin" / "mpiexec").write_text('#!/bin/bash\nprintf "%s " "$@"\n')
+    (tmp_path / "bin" / "mpiexec").chmod(0o755)
     script = "module() { :; }; conda() { :; }; export -f module conda; bash slurm/sites/polaris.pbs"
     env = {
         "PBS_NODEFILE": str(tmp_path / "nodes"),
         "PBS_O_WORKDIR": str(ROOT),
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "VIRTUAL_ENV": str(tmp_path),
     }
     done = bash(script, TRAIN="--recipe paper --out runs/paper", **env)
     words = done.stdout.split()
