@@ -40,12 +40,14 @@ def _lacks(marker: str) -> str:
 
 # Long tests in these folders measure times that the product promises, such as 90 s to notice a hang.
 ALONE = ("tests/ranks/", "tests/slurm/")
+# These measure none.
+NOT_ALONE = ("tests/ranks/test_hybrid.py", "tests/slurm/test_containers.py", "tests/slurm/test_nsys.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.get_closest_marker("long") and item.nodeid.startswith(ALONE):
+        if item.get_closest_marker("long") and item.nodeid.startswith(ALONE) and not item.nodeid.startswith(NOT_ALONE):
             item.add_marker("alone")
     for marker in ("gpu", "slurm"):
         marked = [item for item in items if item.get_closest_marker(marker)]
