@@ -4,6 +4,7 @@ In: a recipe, options, shards. Out: a run directory with config.yaml, metrics.js
 summary.json. Read `train` from top to bottom: it is in the order in which the job happens.
 """
 
+import math
 import os
 import time
 from typing import TYPE_CHECKING
@@ -42,6 +43,7 @@ def train(config: Config, memory: "Memory") -> None:
     from job.run.loop import Extent, Loop
     from job.run.resume import find_resume, leave_behind, new_state, remember_start
     from job.run.step import Step
+    from job.scaling.cost import EXAMPLE, load_prices
 
     began, rank, ranks = time.time(), hvd.rank(), hvd.size()
     stop = stop_signals()
@@ -90,6 +92,7 @@ def train(config: Config, memory: "Memory") -> None:
     loop = Loop(
         began=began, config=config, extent=extent, data=data, device=device, step=step, loader=loader,
         val_loader=val_loader, log=log, memory=memory, stop=stop, new=new, start=start,
+        grams_co2=load_prices(config.metrics.prices or EXAMPLE).grams_co2_per_kwh if rank == 0 else math.nan,
     )  # fmt: skip
     # From here on a rank that stands still ends the job.
     heartbeat.watch(loop.signs_of_life, lambda reason: log.hang(loop.number, loop.epoch, reason))

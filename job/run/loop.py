@@ -27,7 +27,6 @@ from job.run.progress import Progress
 from job.run.step import Step
 from job.run.timing import LateLoss, StepTimer, Trace
 from job.run.validation import validate
-from job.scaling.cost import EXAMPLE, Prices, load_prices
 from job.usage import JOULES, words
 from job.usage import memory as usage_memory
 from job.usage.energy import Energy
@@ -62,6 +61,7 @@ class Loop:
         began: time.time() at the start of this call of train.
         new: the state of the run before its first step; see `job.run.resume.new_state`.
         start: where this call of train starts, without tensors.
+        grams_co2: per kWh; NaN: not known.
 
     Attributes:
         number: steps made so far, over the whole run.
@@ -85,6 +85,7 @@ class Loop:
         stop: StopSignals,
         new: RunState,
         start: RunState,
+        grams_co2: float,
     ):
         self.config, self.extent, self.data, self.device, self.step = config, extent, data, device, step
         self.loader, self.val_loader, self.log, self.memory, self.stop = loader, val_loader, log, memory, stop
@@ -95,8 +96,7 @@ class Loop:
         self.checkpoints = CheckpointWriter(log.path("checkpoints"), config.checkpoint_keep, log.warn)
         self._losses, self._timer = LateLoss(device), StepTimer(device)
         steps = range(start.step, extent.last)
-        prices = load_prices(config.metrics.prices or EXAMPLE) if log.active else Prices("")
-        self._energy = Energy(device, log.joules, prices.grams_co2_per_kwh)
+        self._energy = Energy(device, log.joules, grams_co2)
         self._flops, self._host_memory = Flops(step.model if log.active else None, device, config.precision), (0.0, 0.0)
         rate = functools.partial(self._flops.rate, ranks=hvd.size())
         self._progress = Progress(config, log, data.train, steps, self._timer, device, self._energy, rate)
