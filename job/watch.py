@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any
 
-from job.usage import words
+from job.usage import JOULES, words
 from shards.command import Parser, run
 from shards.errors import InputError, printable
 from shards.machine.progress import duration
@@ -24,7 +24,7 @@ REFRESH_SECONDS = 2.0
 QUIET_SECONDS, QUIET_FACTOR = 90.0, 5
 RECENT = 20  # lines of metrics that the present speed is computed from
 STATES = ("start", "done", "stopped", "diverged", "hang")  # events that change the state of a run
-ENERGY = ("gpu_joules", "cpu_joules", "kwh", "co2_grams")  # of the whole run
+ENERGY = (*JOULES, "kwh", "co2_grams")  # of the whole run
 PLOT_WIDTH, PLOT_HEIGHT = 72, 10
 
 
@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
 
 
 def read(folder: str) -> tuple[list[dict[str, Any]], dict[str, Any], float]:
-    """Lines of metrics.jsonl, summary.json (empty before the end), and the time of the last line.
+    """Lines of metrics.jsonl that still hold, summary.json (empty before the end), and the time of the last line.
 
     Raises:
         InputError: the folder is not a run directory.
@@ -63,7 +63,21 @@ def read(folder: str) -> tuple[list[dict[str, Any]], dict[str, Any], float]:
             summary = json.loads(file.read())
     except (OSError, ValueError):  # not there before the end
         pass
-    return lines, summary, changed
+    return standing(lines), summary, changed
+
+
+def standing(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines that still hold.
+
+    A run that starts again from an earlier step undoes the steps and validations after it. The file may still have
+    them, as when the disk was full at that start.
+    """
+    kept: list[dict[str, Any]] = []
+    for line in lines:
+        if line["kind"] == "event" and line.get("event") == "start":
+            kept = [k for k in kept if k["kind"] == "event" or k["step"] <= line["step"]]
+        kept.append(line)
+    return kept
 
 
 def locked(folder: str) -> bool:

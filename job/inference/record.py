@@ -47,18 +47,4 @@ def load_run(path: str) -> Run:
     lines, summary, _ = read(path)
     file = os.path.join(path, "config.yaml")
     settings = config.read_flat(file) if os.path.exists(file) else {}
-    return Run(os.path.abspath(path), settings, standing(lines), summary)
-
-
-def standing(lines: list[Line]) -> list[Line]:
-    """The lines that still hold.
-
-    A run that starts again from an earlier step undoes the steps and validations after it. The file may still have
-    them, as when the disk was full at that start.
-    """
-    kept: list[Line] = []
-    for line in lines:
-        if line["kind"] == "event" and line.get("event") == "start":
-            kept = [k for k in kept if k["kind"] == "event" or k["step"] <= line["step"]]
-        kept.append(line)
-    return kept
+    return Run(os.path.abspath(path), settings, lines, summary)

@@ -81,10 +81,13 @@ def test_restarts_are_counted_and_the_speed_is_that_of_the_last_part(tmp_path):
 
 def test_a_run_that_was_rolled_back_is_shown_where_it_is_now(tmp_path):
     now = time.time()
-    lines = [start(0, now - 9000), line("event", 990, now - 8000, event="stopped"), start(200, now - 60)]
+    undone = [*training(810, 900, now - 8100), line("val", 900, now - 8050, top1=0.9, top5=1.0)]
+    lines = [start(0, now - 9000), *undone, line("event", 990, now - 8000, event="stopped"), start(200, now - 60)]
     about = watch.describe(write(tmp_path / "run", [*lines, *training(210, 300, now - 18)]), now)
     assert (about["step"], about["epoch"], about["stops"]) == (300, 3, 1)
     assert about["eta_seconds"] == pytest.approx(140)  # 700 steps of 0.2 s
+    # What was undone is in no curve.
+    assert about["best_top1"] is None and all(step <= 300 for step, _ in about["curves"]["loss"])
     about = watch.describe(write(tmp_path / "new", lines), now)  # nothing trained yet since it went on
     assert (about["step"], about["epoch"]) == (200, 2)
 

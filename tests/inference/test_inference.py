@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from job import load_network, load_run
-from job.inference.record import standing
 from job.inference.scores import TenCrops, whole_mean
+from job.watch import standing
 from shards import open_split
 from shards.errors import InputError
 from shards.read.images import BadImage
