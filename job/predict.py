@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from job.inference.trained import Guess, TrainedNetwork
     from shards.read.inputs import Input
 
-BATCH = 64  # images per pass
 DESCRIPTION = """\
 The most likely classes of images. IMAGE is an image file; a folder (its images and those below it, sorted); a tar of
 samples; a folder of shards with its index, or the index of one split (DATA/val.json); or - for a file on stdin."""
@@ -50,7 +49,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def predict(options: argparse.Namespace) -> None:
     """Print the classes of all images. Raises InputError if none can be used."""
-    from job.inference.trained import load_network, use_given_cores
+    from job.inference.trained import BATCH, load_network, use_given_cores
     from shards.read.inputs import inputs
 
     named = inputs(options.images)
@@ -59,7 +58,7 @@ def predict(options: argparse.Namespace) -> None:
     reached = "" if network.best_top1 is None else f", best top-1 in validation {network.best_top1:.2%}"
     print(f"network: {network.path}, step {network.step}{reached}", file=sys.stderr, flush=True)
     good = bad = 0
-    for batch in batched(named):
+    for batch in batched(named, BATCH):
         for image, guesses, problem in guess(network, batch, options.top):
             if problem:
                 bad += 1
@@ -77,10 +76,10 @@ def predict(options: argparse.Namespace) -> None:
         print(f"{good:,} images, and {bad:,} that could not be used", file=sys.stderr)
 
 
-def batched(named: "Iterable[Input]") -> "Iterator[tuple[Input, ...]]":
-    """The images in groups of BATCH."""
+def batched(named: "Iterable[Input]", size: int) -> "Iterator[tuple[Input, ...]]":
+    """The images in groups of `size`."""
     source = iter(named)
-    while batch := tuple(itertools.islice(source, BATCH)):
+    while batch := tuple(itertools.islice(source, size)):
         yield batch
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from job.batches.loader import Batch
-from job.batches.planes import as_rgb
+from job.batches.planes import crops_as_rgb
 from shards.errors import InputError
 from shards.format.split import Split, parse_npy
 from shards.machine.caches import triton_lacks
@@ -73,7 +73,7 @@ def prepare(
     Returns:
         `dtype` (N, 3, crop, crop), contiguous or in channels-last memory.
     """
-    images = as_rgb(images, offsets)
+    images = crops_as_rgb(images, offsets)
     if images.is_cuda and _kernel() is not None:
         return prepare_triton(images, offsets, mirror, mean, dtype, channels_last)
     return prepare_plain(images, offsets, mirror, mean, dtype, channels_last)

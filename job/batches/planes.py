@@ -15,7 +15,7 @@ def side_of(images: Tensor) -> int:
     return images.shape[1] if images.ndim == 4 else crop_side(images.shape[1])
 
 
-def as_rgb(images: Tensor, offsets: Tensor) -> Tensor:
+def crops_as_rgb(images: Tensor, offsets: Tensor) -> Tensor:
     """The crops as RGB, uint8 (N, S, S, 3).
 
     Args:

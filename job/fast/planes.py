@@ -1,7 +1,7 @@
 """The first kernel of a step where the images come as planes (shards.read.planes): chroma enlarged, colours, mean,
 mirror, cast, and the blocks of pixels that conv1 reads, in one pass.
 
-In and out: see network.py, which launches it. Its plain twin: job.batches.planes.as_rgb, then prepare_blocks.
+In and out: see network.py, which launches it. Its plain twin: job.batches.planes.crops_as_rgb, then prepare_blocks.
 """
 
 import triton

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from job.batches.device import mean_crop, prepare
-from job.batches.planes import as_rgb
+from job.batches.planes import crops_as_rgb
 from shards.errors import InputError
 from shards.format.split import Split
 
@@ -23,10 +23,12 @@ def centre_input(mean: Tensor | None, device: torch.device) -> Callable[[Tensor,
             images themselves, as a copy, since on CUDA the next batch comes into the same memory.
     """
     if mean is None:
-        return lambda images, offsets, mirror: as_rgb(images, offsets).clone()
+        return lambda images, offsets, mirror: crops_as_rgb(images, offsets).clone()
     mean = mean.permute(1, 2, 0).contiguous().to(device)  # (S, S, 3)
     # The crop's place in the stored image matters to its planes only: the mean is that of the crop.
-    return lambda images, offsets, mirror: prepare(as_rgb(images, offsets), torch.zeros_like(offsets), mirror, mean)
+    return lambda images, offsets, mirror: prepare(
+        crops_as_rgb(images, offsets), torch.zeros_like(offsets), mirror, mean
+    )
 
 
 def scores_of(model: torch.nn.Module, images: Tensor, precision: str) -> Tensor:

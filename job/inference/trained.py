@@ -25,7 +25,7 @@ from shards.read.images import as_rgb, cover, decode, fit_image
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_BATCH = 64  # images that `predict` computes at a time
+BATCH = 64  # images per pass
 
 
 class Guess(NamedTuple):
@@ -113,7 +113,7 @@ class TrainedNetwork(nn.Module):
         batch: list[Tensor] = []
         for image in [images] if isinstance(images, str | bytes | os.PathLike) else images:
             batch.append(self.preprocess(image))
-            if len(batch) == _BATCH:
+            if len(batch) == BATCH:
                 guesses += self.guess(torch.stack(batch), top)
                 batch = []
         return guesses + (self.guess(torch.stack(batch), top) if batch else [])

@@ -10,7 +10,7 @@ import torch
 
 from job.batches.device import load_mean, prepare
 from job.batches.loader import Loader
-from job.batches.planes import as_rgb
+from job.batches.planes import crops_as_rgb
 from job.config import Config
 from shards.format.split import Split
 
@@ -55,7 +55,7 @@ def first_crops(split: Split, config: Config, most: int) -> list[Crop]:
     ) as loader:
         batch = next(loader)
         mean = load_mean(split)
-        crops = as_rgb(batch.images, batch.offsets)
+        crops = crops_as_rgb(batch.images, batch.offsets)
         prepared = prepare(crops, batch.offsets, batch.mirror, mean)  # (N, 3, S, S)
         subtracted = prepare(torch.zeros_like(crops), batch.offsets, batch.mirror, mean)
         images = (prepared - subtracted).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()

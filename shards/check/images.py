@@ -13,9 +13,10 @@ from shards.read import fastjpeg, images, planes
 def check_image(data: bytes, split: Split) -> None:
     """Decode an image and compare its size with the index. Raises BadSample if it is damaged or of another size."""
     if split.encoding in BARE:
-        if len(data) != planes.bare_bytes(split.encoding, split.height, split.width):
-            size = f"of {split.width}x{split.height} pixels"
-            raise BadSample(f"{split.encoding} image of {len(data)} bytes, which is none {size}", "image")
+        expected = planes.bare_bytes(split.encoding, split.height, split.width)
+        if len(data) != expected:
+            one = f"one of {split.width}x{split.height} pixels has {expected}"
+            raise BadSample(f"{split.encoding} image of {len(data)} bytes; {one}", "image")
         return
     try:
         height, width = _decoded_size(data)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from job import config
 from job.batches.device import prepare, prepare_plain
 from job.batches.loader import Loader
-from job.batches.planes import as_rgb, side_of
+from job.batches.planes import crops_as_rgb, side_of
 from job.inference.scores import centre_input
 from job.look.augmented import first_crops
 from job.network.alexnet import AlexNet
@@ -58,7 +58,7 @@ def test_any_crop_is_that_of_the_full_decode(size, kind, colour, seed, draw):
     side = draw.draw(st.integers(1, min(size)))
     corner = draw.draw(st.tuples(*(st.integers(0, n - side) for n in size)))
     images, offsets, expected = crops([jpeg(picture(seed, *size, kind), colour)], size, [corner], side)
-    assert torch.equal(as_rgb(images, offsets), expected) and side_of(images) == side
+    assert torch.equal(crops_as_rgb(images, offsets), expected) and side_of(images) == side
 
 
 @pytest.mark.parametrize("size,side", [((33, 38), 21), ((32, 32), 32), ((35, 31), 31), ((40, 33), 28), ((17, 16), 16)])
@@ -66,12 +66,12 @@ def test_every_edge_and_parity(size, side):
     corners = corners_of(size, side)
     files = [jpeg(picture(n, *size, "noise"), "grey" if n % 5 == 4 else "4:2:0") for n in range(len(corners))]
     images, offsets, expected = crops(files, size, corners, side)
-    assert torch.equal(as_rgb(images, offsets), expected)
+    assert torch.equal(crops_as_rgb(images, offsets), expected)
     images, offsets, expected = (t.to(DEVICE) for t in (images, offsets, expected))
     mirror = torch.arange(len(files), device=DEVICE) % 2 == 1
     mean = 255 * torch.rand(*size, 3, device=DEVICE)
     assert torch.equal(prepare(images, offsets, mirror, mean), prepare_plain(expected, offsets, mirror, mean))
-    assert as_rgb(expected, offsets) is expected  # RGB passes through
+    assert crops_as_rgb(expected, offsets) is expected  # RGB passes through
 
 
 @pytest.mark.parametrize("mean", ["image", "colour", None])
@@ -129,7 +129,7 @@ def take(split, steps: int, **changes) -> list[tuple]:
     with Loader(split, **{**arguments, **changes}) as loader:
         found = []
         for _, batch in zip(range(steps), loader, strict=False):
-            parts = as_rgb(batch.images, batch.offsets), batch.labels, batch.offsets, batch.mirror
+            parts = crops_as_rgb(batch.images, batch.offsets), batch.labels, batch.offsets, batch.mirror
             found.append([part.clone() for part in parts])
         return found
 
