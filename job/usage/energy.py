@@ -47,9 +47,8 @@ class CpuCounter:
     def __init__(self, folder: str = POWERCAP):
         self._lock = threading.Lock()
         self._joules = 0.0
-        self._packages: dict[
-            str, int | None
-        ] = {}  # folder of the counter -> its value at the last look, in microjoules
+        # Folder of the counter -> its value at the last look, in microjoules.
+        self._packages: dict[str, int | None] = {}
         for domain in sorted(glob.glob(os.path.join(folder, "intel-rapl:*"))):
             with contextlib.suppress(OSError):
                 if _text(domain, "name").startswith("package"):
