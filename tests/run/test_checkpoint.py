@@ -16,29 +16,13 @@ from job.run.checkpoint import CheckpointWriter, RunState, fault, list_checkpoin
 from job.run.resume import find_resume, leave_behind, new_state, same_settings
 from shards.errors import InputError
 from shards.format.split import Shard, Split
+from tests.runlog import Log
 
 SHARDS = tuple(Shard(f"train-{i:06d}.tar", 10 + i, 1000 * i + 1000, f"{i:064x}") for i in range(3))
 SPLIT = Split("train", "/data", SHARDS, classes=("a", "b"), labels="train.labels.npy", labels_sha256="1" * 64)
 MEAN = torch.ones(3, 2, 2)
 # What the first checkpoints held.
 OLDEST = ("format", "step", "model", "velocity", "config", "data", "mean", "classes")
-
-
-class Log:
-    """Takes in what a run says, in place of job.run.log.RunLog."""
-
-    def __init__(self, out):
-        self.out, self.lines = str(out), []
-        os.makedirs(self.path("checkpoints"), exist_ok=True)
-
-    def path(self, name):
-        return os.path.join(self.out, name)
-
-    def warn(self, text):
-        self.lines.append(text)
-
-    def attempt(self, what, write):
-        write()
 
 
 def settings(out, *options):

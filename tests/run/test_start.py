@@ -19,6 +19,7 @@ from job.run.resume import find_resume, first_state, remember_start
 from shards.errors import InputError
 from shards.format.split import Shard, Split
 from tests.launch import error_lines, horovodrun, metrics, python
+from tests.runlog import Log
 
 SMALL = "--recipe demo --model.width 0.0625 --data d".split()
 NORMALISED = ["--model.lrn", "none", "--model.batch-norm", "true"]
@@ -43,22 +44,6 @@ def saved(path, cfg, classes=("a", "b", "c"), **fields):
     )
     torch.save({"format": checkpoint.FORMAT, **vars(state), **fields}, path)
     return state
-
-
-class Log:
-    """Takes in what a run says, in place of job.run.log.RunLog."""
-
-    def __init__(self, out="."):
-        self.out, self.lines = str(out), []
-        os.makedirs(self.path("checkpoints"), exist_ok=True)
-
-    def path(self, name):
-        return os.path.join(self.out, name)
-
-    def say(self, text):
-        self.lines.append(text)
-
-    warn = say
 
 
 def begun(path, cfg, classes=("a", "b", "c")):

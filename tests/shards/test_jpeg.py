@@ -16,6 +16,7 @@ from PIL import Image
 
 from shards.read import fastjpeg, images
 from tests.launch import ROOT
+from tests.pictures import picture
 
 GUARD = 97  # value of a byte that must stay as it is
 
@@ -28,18 +29,6 @@ def decoder():
         pytest.skip(reason)
     assert not reason
     return fastjpeg.decoder()
-
-
-def picture(seed: int, height: int, width: int, kind: str) -> np.ndarray:
-    """uint8 (height, width, 3): noise, black and white noise, flat tiles, or something smooth."""
-    random = np.random.default_rng(seed)
-    if kind == "noise":
-        return random.integers(0, 256, (height, width, 3), np.uint8)
-    if kind == "extremes":
-        return random.integers(0, 2, (height, width, 3), np.uint8) * 255
-    coarse = random.integers(0, 256, (height // 9 + 2, width // 9 + 2, 3), np.uint8)
-    filter = Image.Resampling.NEAREST if kind == "tiles" else Image.Resampling.BICUBIC
-    return np.asarray(Image.fromarray(coarse).resize((width, height), filter))
 
 
 def jpeg(pixels: np.ndarray, colour: str = "4:2:0", **how) -> bytes:

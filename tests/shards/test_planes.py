@@ -17,18 +17,8 @@ from shards.errors import InputError
 from shards.format.split import image_member, load_labels, load_split, read_idx
 from shards.read import images, planes
 from shards.read.reader import ShardReader
+from tests.pictures import picture
 from tests.shardmaker import damage
-
-
-def picture(seed: int, height: int, width: int, kind: str = "smooth") -> np.ndarray:
-    """uint8 (height, width, 3): noise, black and white noise, or something smooth with strong colours."""
-    random = np.random.default_rng(seed)
-    if kind == "noise":
-        return random.integers(0, 256, (height, width, 3), np.uint8)
-    if kind == "extremes":
-        return random.integers(0, 2, (height, width, 3), np.uint8) * 255
-    coarse = random.integers(0, 256, (height // 9 + 2, width // 9 + 2, 3), np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def jpeg(pixels: np.ndarray, colour: str = "4:2:0", **how) -> bytes:
@@ -185,7 +175,7 @@ def test_damage_is_found_and_an_index_made_anew(folder, tmp_path, capsys):
     tars.edit_json(f"{dest}/train.json", image={"encoding": "planes", "height": 32, "width": 34})
     capsys.readouterr()
     assert verify.main([dest, "--workers", "1"]) == 2
-    assert "planes image of 1536 bytes, which is none of 34x32 pixels" in capsys.readouterr().out
+    assert "planes image of 1536 bytes; one of 34x32 pixels has 1632" in capsys.readouterr().out
     tars.edit_json(f"{dest}/train.json", image={"encoding": "planes", "height": 32, "width": 32})
     image = image_member(read_idx(after, after.shards[0])[3], "planes")
     damage(after, 0, image.offset + 100, b"another")

@@ -105,17 +105,18 @@ def counters(tmp_path):
     domain.mkdir(parents=True)
     (domain / "name").write_text("package-0\n")
     (domain / "max_energy_range_uj").write_text("1000000000\n")
-    began, end = time.monotonic(), threading.Event()
+    began, ready, end = time.monotonic(), threading.Event(), threading.Event()
 
     def draw():
         while not end.is_set():
             (tmp_path / "new").write_text(f"{int(1e9 * (time.monotonic() - began)) % 10**9}\n")
             (tmp_path / "new").rename(domain / "energy_uj")
+            ready.set()
             end.wait(0.001)
 
     thread = threading.Thread(target=draw)
     thread.start()
-    time.sleep(0.05)
+    assert ready.wait(10)
     yield tmp_path / "powercap"
     end.set()
     thread.join()
